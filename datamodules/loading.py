@@ -1,0 +1,119 @@
+"""Samples as PyTorch loaders under a Lightning Trainer: every rank reads its own slice of every step."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.order import Indices, Order, evaluation_batches, evenly_spaced
+from datamodules.spec import SampledData, Samples
+
+Batch = torch.Tensor | list[torch.Tensor]
+
+
+class TrainSampler(Sampler[Indices]):
+    """Micro-batches of one data rank, from `first_step` to the end of the run.
+
+    Its length is that of the whole run: on resume Lightning counts the micro-batches before `first_step` as done.
+    """
+
+    def __init__(
+        self, order: Order, *, micro_batch_size: int, data_rank: int, data_ranks: int, first_step: int, last_step: int
+    ) -> None:
+        self._order = order
+        self._slice = {"micro_batch_size": micro_batch_size, "data_rank": data_rank, "data_ranks": data_ranks}
+        self._num_micro_batches = order.global_batch_size // (micro_batch_size * data_ranks)
+        self._first_step, self._last_step = first_step, last_step
+
+    def __len__(self) -> int:
+        return self._last_step * self._num_micro_batches
+
+    def __iter__(self) -> Iterator[Indices]:
+        for step in range(self._first_step, self._last_step):
+            for micro in range(self._num_micro_batches):
+                yield self._order.micro_batch(step, micro, **self._slice)
+
+
+class BatchDataset(Dataset[Batch]):
+    """Samples read a whole micro-batch at a time: one gather, no collation of single samples.
+
+    One array comes as one tensor, several as a list of them, as PyTorch's own collation and pinning have it.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __getitem__(self, indices: Indices) -> Batch:
+        tensors = [torch.from_numpy(array) for array in self._samples.batch(indices)]
+        return tensors[0] if len(tensors) == 1 else tensors
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A loader that Lightning knows it may resume in mid-epoch.
+
+    It has no state of its own: where it starts follows from the optimizer step that the trainer has restored.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class SampleDataModule(LightningDataModule):
+    """Lightning's side of any `SampledData`; the trainer says which slice, from which step and to which."""
+
+    def __init__(self, data: SampledData) -> None:
+        super().__init__()
+        self._data = data
+
+    def train_dataloader(self) -> TrainLoader:
+        """Micro-batches from the trainer's optimizer step to its last; ValueError when its accumulation is wrong."""
+        data, trainer = self._data, self._trainer
+        data_rank, data_ranks = self._data_slice()
+        per_pass = data.micro_batch_size * data_ranks
+        if data.global_batch_size != per_pass * trainer.accumulate_grad_batches:
+            raise ValueError(
+                f"data.global_batch_size={data.global_batch_size} is not data.micro_batch_size="
+                f"{data.micro_batch_size} x {data_ranks} data ranks x accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches}; give a global batch that is."
+            )
+        samples = data.train_samples()
+        sampler = TrainSampler(
+            Order(num_samples=len(samples), global_batch_size=data.global_batch_size, seed=data.seed),
+            micro_batch_size=data.micro_batch_size,
+            data_rank=data_rank,
+            data_ranks=data_ranks,
+            first_step=trainer.global_step,
+            last_step=trainer.max_steps,
+        )
+        return TrainLoader(BatchDataset(samples), sampler=sampler, **self._loading())
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The same samples whatever the strategy; their batches differ in size by at most one."""
+        samples = self._data.val_samples()
+        chosen = evenly_spaced(len(samples), self._data.max_val_samples)
+        batches = evaluation_batches(len(chosen), self._data.micro_batch_size, *self._data_slice())
+        sampler = [chosen[batch] for batch in batches]
+        return DataLoader(BatchDataset(samples), sampler=sampler, **self._loading())
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.trainer is not None, "Lightning sets the trainer before it asks for a loader"
+        return self.trainer
+
+    def _data_slice(self) -> tuple[int, int]:
+        """This process's data rank, and the number of data ranks."""
+        slicing = self._trainer.strategy.distributed_sampler_kwargs
+        return slicing["rank"], slicing["num_replicas"]
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "batch_size": None,
+            "num_workers": self._data.num_workers,
+            "persistent_workers": self._data.num_workers > 0,
+            "pin_memory": self._trainer.strategy.root_device.type == "cuda",
+        }

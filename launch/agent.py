@@ -1,0 +1,61 @@
+"""torchrun's agent for one run: starts the ranks, ends all when one fails, and writes down how each one ended.
+
+Run by the dispatcher as `python -m launch.agent <run folder> <number of ranks>`.
+"""
+
+import sys
+import tempfile
+
+from launch.lifeline import die_with_parent
+
+die_with_parent()  # before the seconds that importing torch takes
+
+import json
+import logging
+import uuid
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+EXIT_RANK_FAILED = 1
+
+# The dispatcher says what failed, in one line; the agent's own account would be a second one.
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+
+
+def run_ranks(run_dir: Path, num_ranks: int) -> dict[int, int]:
+    """Run the workers to their end; exit codes by rank of those that failed first (empty: all went well)."""
+    with tempfile.TemporaryDirectory(prefix="concord-") as scratch:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",  # a free port of this machine: runs side by side never meet
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "launch.worker", str(run_dir))
+        except ChildFailedError as error:
+            return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    return {}
+
+
+def main() -> int:
+    run_dir, num_ranks = Path(sys.argv[1]), int(sys.argv[2])
+    try:
+        failed = run_ranks(run_dir, num_ranks)
+    except SignalException as error:
+        return 128 + error.sigval
+    if failed:
+        (run_dir / "ranks" / "exit_codes.json").write_text(json.dumps(failed))
+    return EXIT_RANK_FAILED if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

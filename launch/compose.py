@@ -1,0 +1,46 @@
+"""Hydra's composed config as one plain tree, the same for train.py, verify and workers of a foreign launcher."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from datamodules.tokenizers import vocab_size
+from launch.schema import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG_DIR = REPOSITORY / "conf"
+
+OmegaConf.register_new_resolver("vocab_size", vocab_size, replace=True)
+
+
+def tree_of(config: DictConfig, hydra: Any) -> dict[str, Any]:
+    """The task's config with every interpolation resolved, plus `choices`: the file chosen in each group."""
+    choices = {group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(unresolved(error, choices)) from None
+    assert isinstance(tree, dict)
+    return {**{str(key): value for key, value in tree.items()}, "choices": choices}
+
+
+def unresolved(error: OmegaConfBaseException, choices: dict[str, str | None]) -> str:
+    """One line for a key that could not be resolved: which key, and which choices do not fit each other."""
+    reason = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None) or "config"
+    group = str(key).partition(".")[0]
+    return f"{key}: {reason}; {group}={choices.get(group)} does not go with data={choices.get('data')}, choose another."
+
+
+def compose(overrides: list[str]) -> dict[str, Any]:
+    """The tree of one run from overrides as the command line takes them, outside of a Hydra application."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        whole = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+    OmegaConf.set_struct(whole, False)
+    hydra = whole.pop("hydra")
+    whole.pop("resume_sweep")
+    return tree_of(whole, hydra)

@@ -1,0 +1,183 @@
+"""Turns one validated config into processes, waits for them, and says what became of them. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from datamodules.order import evaluation_batches
+from datamodules.spec import SampledData
+from launch import preflight
+from launch.compose import REPOSITORY
+from launch.failure import first_failure, oom_kills
+from launch.job import Job, resolve
+from launch.schema import ConfigError, RunConfig, validate
+from tracking.status import RunStatus, ended, read_status, running
+
+# What a launcher leaves in the environment of its processes; a run of ours inherits none of it.
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS",
+)  # fmt: skip
+
+# Ranks that are told to end get this long before they are killed; a failed run is to be over within 30 s.
+SHUTDOWN_S = 10
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+def dispatch(tree: dict[str, Any]) -> RunStatus:
+    """Run the composed config `tree` to its end: check, write resolved.yaml, start the ranks, wait.
+
+    Never raises for a mistake of the user's or a failure of the run: both are in the returned status, and but for
+    a folder that belongs to another run, in the run folder's status.json. Lets KeyboardInterrupt through.
+    """
+    run_dir = Path(str(tree["run_dir"])).resolve()
+    status = status_of(tree)
+    try:
+        claim_folder(run_dir)
+    except ConfigError as error:
+        return ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
+    try:
+        job = prepare({**tree, "run_dir": str(run_dir)})
+        status.write(run_dir)
+        final = run_agent(job, status)
+    except ConfigError as error:
+        return refuse(run_dir, status, error)
+    except KeyboardInterrupt:
+        ended(status, "interrupted", error="interrupted from the keyboard", exit_code=EXIT_INTERRUPTED).write(run_dir)
+        raise
+    final.write(run_dir)
+    return final
+
+
+def status_of(tree: dict[str, Any]) -> RunStatus:
+    """The first status of a run that may not be valid yet."""
+    strategy = tree.get("strategy")
+    return running(str(tree.get("name")), str(strategy.get("name")) if isinstance(strategy, dict) else None)
+
+
+def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
+    """Write down why a run did not start; its folder stays free for the corrected one."""
+    final = ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
+    final.write(run_dir)
+    ranks = run_dir / "ranks"
+    if ranks.is_dir():
+        ranks.rmdir()
+    return final
+
+
+def claim_folder(run_dir: Path) -> None:
+    """Make the run folder; ConfigError if it cannot be written or holds another run."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "ranks").mkdir()
+    except FileExistsError:
+        other = read_status(run_dir)
+        raise ConfigError(
+            f"run_dir={run_dir} already holds another run ({other.state if other else 'without a status'}); "
+            f"choose another run_dir."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another run_dir.") from None
+
+
+def prepare(tree: dict[str, Any], world_size: int | None = None, *, write: bool = True) -> Job:
+    """Everything that can be known or made before training starts; ConfigError if it shows that the run cannot go.
+
+    `world_size` is given by a rank of another launcher; of those, only the first is to `write` resolved.yaml.
+    """
+    config = resolve(validate(tree), world_size)
+    job = Job.of(config)
+    try:
+        job.data.prepare()
+        check_validation(job)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if job.strategy.needs:
+        preflight.check_model(config)
+    if write:
+        (job.run_dir / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+    return job
+
+
+def check_validation(job: Job) -> None:
+    """Every data rank needs a sample to validate on: sharded strategies would wait for the one that has none."""
+    if isinstance(job.data, SampledData):
+        num_samples = min(len(job.data.val_samples()), job.data.max_val_samples or sys.maxsize)
+        evaluation_batches(num_samples, job.data.micro_batch_size, 0, job.mesh.data_ranks)
+
+
+def load_resolved(run_dir: Path) -> RunConfig:
+    """The config that the dispatcher wrote for the ranks."""
+    return validate(yaml.safe_load((run_dir / "resolved.yaml").read_text()))
+
+
+def run_agent(job: Job, status: RunStatus) -> RunStatus:
+    """Start torchrun's agent for the job, wait for it, and name the cause if it failed."""
+    oom_kills_before = oom_kills()
+    command = [sys.executable, "-m", "launch.agent", str(job.run_dir), str(job.world_size)]
+    # A session of its own: Ctrl-C reaches the dispatcher alone, which ends the ranks in order.
+    process = subprocess.Popen(command, env=environment(job.config), start_new_session=True)
+    with ending(process):
+        code = process.wait()
+    if code == 0:
+        return ended(status, "completed")
+    failure = first_failure(job.run_dir, oom_kills_before)
+    if failure is None:
+        word = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        error = f"the agent that runs the ranks {word}; see {job.run_dir / 'ranks'}"
+    else:
+        error = failure.line(job.run_dir, job.world_size)
+    return ended(status, "failed", error=error, exit_code=EXIT_FAILED)
+
+
+def environment(config: RunConfig) -> dict[str, str]:
+    """The dispatcher's environment without what an outer launcher or an earlier run left in it."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith(("TORCHELASTIC_", "SLURM_"))
+    }
+    path = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
+    }
+
+
+@contextmanager
+def ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """However the block is left, no process of the run is left with it."""
+    try:
+        yield
+    except BaseException:
+        tree = descendants(process)
+        process.terminate()
+        psutil.wait_procs(tree, timeout=SHUTDOWN_S)
+        for survivor in tree:
+            if survivor.is_running():
+                survivor.kill()
+        process.wait()
+        raise
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        agent = psutil.Process(process.pid)
+        return [agent, *agent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []

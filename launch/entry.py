@@ -1,0 +1,113 @@
+"""What `python train.py` does around Hydra: one line for a mistake, one exit code, one table after a sweep."""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.compose import tree_of
+from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch, refuse
+from launch.schema import ConfigError
+from launch.sweep import SweepTable, finished, print_sweep, set_aside
+from tracking.record import RunRecord
+from tracking.status import RunStatus, running
+
+exit_codes: list[int] = []  # of the runs that this process dispatched
+
+
+def run_job(config: DictConfig) -> float:
+    """Hydra's task: dispatch one run; its validation loss, or NaN if there is none.
+
+    Never raises for a run that fails: Hydra would end the sweep's bookkeeping there, and status.json tells more.
+    """
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
+    OmegaConf.set_struct(config, False)
+    resuming = config.pop("resume_sweep") is not None
+    status = finished(run_dir) if resuming else None
+    if status is None:
+        if resuming and any(run_dir.iterdir()):
+            set_aside(run_dir)
+        status = run_config(config, hydra, run_dir)
+    if status.error:
+        print(f"{run_dir.name + ': ' if hydra.mode == RunMode.MULTIRUN else ''}{status.error}", file=sys.stderr)
+    exit_codes.append(status.exit_code or 0)
+    return objective(run_dir) if status.state == "completed" else math.nan
+
+
+def run_config(config: DictConfig, hydra: Any, run_dir: Path) -> RunStatus:
+    OmegaConf.update(config, "run_dir", str(run_dir))
+    if hydra.mode == RunMode.MULTIRUN and OmegaConf.select(config, "logger.group") is None:
+        OmegaConf.update(config, "logger.group", "-".join(Path(hydra.sweep.dir).resolve().parts[-2:]))
+    try:
+        return dispatch(tree_of(config, hydra))
+    except ConfigError as error:
+        name = str(OmegaConf.select(config, "strategy.name"))
+        return refuse(run_dir, running(name, name), error)
+
+
+def objective(run_dir: Path) -> float:
+    """What a sweeper minimises: the validation loss at the end."""
+    loss = RunRecord.read(run_dir / "record.json").results.val_loss
+    return math.nan if loss is None else loss
+
+
+def resumed_argv(argv: list[str]) -> list[str]:
+    """`resume_sweep=<folder>` replaced by the overrides that the sweep in that folder was started with."""
+    folders = [word.partition("=")[2] for word in argv[1:] if word.startswith("resume_sweep=")]
+    if not folders:
+        return argv
+    sweep_dir = Path(folders[0]).expanduser().resolve()
+    settings = sweep_dir / "multirun.yaml"
+    if not settings.exists():
+        raise ConfigError(f"resume_sweep={folders[0]} is not the folder of a sweep (no multirun.yaml in it).")
+    if len(argv) > 2 and set(argv[1:]) - {"-m", "--multirun", f"resume_sweep={folders[0]}"}:
+        raise ConfigError("resume_sweep takes the sweep's own overrides and no others; leave the others out.")
+    overrides = yaml.safe_load(settings.read_text())["hydra"]["overrides"]
+    hydra_overrides = [word for word in overrides["hydra"] if not word.startswith(("hydra.sweep.dir=", "hydra.mode="))]
+    return [
+        argv[0],
+        "--multirun",
+        *overrides["task"],
+        *hydra_overrides,
+        f"hydra.sweep.dir='{sweep_dir}'",
+        f"resume_sweep='{sweep_dir}'",
+    ]
+
+
+def run_application(application: Callable[[], None]) -> int:
+    """Run the Hydra application; its exit code, after one line on stderr for whatever went wrong."""
+    try:
+        sys.argv = resumed_argv(sys.argv)
+        application()
+    except KeyboardInterrupt:
+        print("interrupted; no process of the run is left.", file=sys.stderr)
+        exit_codes.append(EXIT_INTERRUPTED)
+    except (ConfigError, HydraException, OmegaConfBaseException, OSError) as error:
+        print(one_line(error), file=sys.stderr)
+        exit_codes.append(EXIT_REFUSED)
+    if SweepTable.folder is not None and SweepTable.folder.is_dir():
+        failed = print_sweep(SweepTable.folder)
+        if EXIT_INTERRUPTED not in exit_codes:
+            return EXIT_FAILED if failed or any(exit_codes) else 0
+    return max(exit_codes, default=0)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message with the parts that Hydra and OmegaConf put on lines of their own, on one line."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # MissingConfigException is both
+        return f"{error.filename} cannot be written: {error.strerror}; choose another run_dir (or hydra.sweep.dir)."
+    words = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    lines = [line.strip() for word in words for line in word.splitlines()]
+    noise = ("full_key:", "object_type=", "reference_type=", "To append to your", "See https", "Config search path")
+    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))

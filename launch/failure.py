@@ -1,0 +1,90 @@
+"""Why a run failed: the rank and the cause that came first, read from what the ranks and the agent left behind."""
+
+import json
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.output import log_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    rank: int
+    cause: str  # one line: an exception with its message, or a signal
+    user_error: bool = False  # the message is meant for the user as it stands
+
+    def line(self, run_dir: Path, world_size: int) -> str:
+        if self.user_error:
+            return self.cause
+        return f"rank {self.rank} of {world_size} {self.cause}; see {log_path(run_dir, self.rank)}"
+
+
+def error_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "ranks" / f"{rank}.error.json"
+
+
+def record_error(run_dir: Path, rank: int, error: BaseException) -> None:
+    """Leave word of the exception that ends this rank; the first word counts, later ones are its echo."""
+    path = error_path(run_dir, rank)
+    if path.exists():
+        return
+    origin = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
+    message = (str(error).strip() or "no message").splitlines()[0]
+    where = f" ({Path(origin[0].filename).name}:{origin[0].lineno})" if origin else ""
+    word = {
+        "time": time.time(),
+        "message": message,
+        "cause": f"raised {type(error).__name__}: {message}{where}",
+        "user_error": isinstance(error, ValueError) and is_ours(origin),
+    }
+    path.write_text(json.dumps(word))
+
+
+def is_ours(origin: list[traceback.FrameSummary]) -> bool:
+    """Whether an exception was raised by this repository's own code, which words its ValueErrors for users."""
+    repository = Path(__file__).resolve().parents[1]
+    return bool(origin) and Path(origin[0].filename).is_relative_to(repository) and ".venv" not in origin[0].filename
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory since boot (0 where it does not say)."""
+    try:
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(counters.get("oom_kill", 0))
+
+
+def signal_cause(number: int, oom_kills_before: int) -> str:
+    name = signal.Signals(number).name
+    if number == signal.SIGKILL and oom_kills() > oom_kills_before:
+        return f"was killed by {name}: the kernel ran out of memory; use a smaller data.micro_batch_size or model"
+    return f"was killed by {name}"
+
+
+def first_failure(run_dir: Path, oom_kills_before: int) -> Failure | None:
+    """The failure that came first: a signal (other than the agent's SIGTERM) before any exception, then by time.
+
+    A rank that dies by a signal leaves no word, while its peers then complain of a lost connection: so signals lead.
+    """
+    codes_path = run_dir / "ranks" / "exit_codes.json"
+    codes = (
+        {int(rank): code for rank, code in json.loads(codes_path.read_text()).items()} if codes_path.exists() else {}
+    )
+    for rank, code in sorted(codes.items()):
+        if code < 0 and -code != signal.SIGTERM:
+            return Failure(rank=rank, cause=signal_cause(-code, oom_kills_before))
+    words = [
+        (json.loads(path.read_text()), int(path.name.split(".")[0])) for path in run_dir.glob("ranks/*.error.json")
+    ]
+    if words:
+        word, rank = min(words, key=lambda pair: pair[0]["time"])
+        cause = word["message"] if word["user_error"] else word["cause"]
+        return Failure(rank=rank, cause=cause, user_error=word["user_error"])
+    for rank, code in sorted(codes.items()):
+        cause = signal_cause(-code, oom_kills_before) if code < 0 else f"left with exit code {code}"
+        return Failure(rank=rank, cause=cause)
+    return None

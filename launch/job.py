@@ -1,0 +1,151 @@
+"""From a validated config to a job: all that is derived, and every rule between keys, before a process starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from datamodules.spec import Data
+from launch.hardware import gpus, num_cores
+from launch.schema import ConfigError, RunConfig, build_spec
+from strategies.spec import Mesh, Strategy
+
+# CUDA devices below this have no bfloat16 arithmetic (NVIDIA CUDA C++ Programming Guide, compute capabilities).
+BFLOAT16_CAPABILITY = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that can start: its resolved config, the specs built from it, and what follows from them."""
+
+    config: RunConfig
+    strategy: Strategy
+    data: Data
+    accumulation: int  # micro-batches that one data rank runs per optimizer step
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.strategy.mesh
+
+    @property
+    def world_size(self) -> int:
+        return self.mesh.world_size
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Job:
+        """The job of a config whose mesh is resolved, as it stands in resolved.yaml."""
+        strategy: Strategy = build_spec(config.strategy, "strategy", Strategy)
+        data: Data = build_spec(config.data, "data", Data)
+        return cls(
+            config=config, strategy=strategy, data=data, accumulation=accumulation(data, strategy.mesh.data_ranks)
+        )
+
+
+def resolve(config: RunConfig, world_size: int | None = None) -> RunConfig:
+    """The config with nothing left open: mesh, device, number of devices and threads are numbers.
+
+    `world_size` is given where a launcher outside has already started the ranks. Raises ConfigError, one line
+    with key, value and fix, for every rule between keys that is broken. Touches no file.
+    """
+    strategy: Strategy = build_spec(config.strategy, "strategy", Strategy)
+    accelerator = choose_accelerator(config)
+    devices = choose_devices(config, accelerator) if world_size is None else world_size
+    try:
+        mesh = strategy.mesh.resolve(devices)
+        strategy.check(None, mesh.world_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if world_size is not None and mesh.world_size != world_size:
+        raise ConfigError(
+            f"strategy.mesh={mesh.text} takes {mesh.world_size} ranks, but the launcher started {world_size}; "
+            f"start {mesh.world_size}, or change strategy.mesh."
+        )
+    check_precision(config, accelerator)
+    check_vocabulary(config)
+    threads = config.launcher.threads_per_rank
+    launcher = {
+        "accelerator": accelerator,
+        "devices": mesh.world_size,
+        "threads_per_rank": max(1, num_cores() // mesh.world_size) if threads == "auto" else threads,
+    }
+    return config.model_copy(
+        update={
+            "strategy": {**config.strategy, "mesh": mesh.sizes},
+            "launcher": config.launcher.model_copy(update=launcher),
+        }
+    )
+
+
+def choose_accelerator(config: RunConfig) -> Literal["cpu", "gpu"]:
+    wanted = config.launcher.accelerator
+    if wanted == "gpu" and not gpus():
+        raise ConfigError("launcher.accelerator=gpu, but this machine shows no GPU; set launcher.accelerator=cpu.")
+    if wanted == "auto":
+        return "gpu" if gpus() else "cpu"
+    return wanted
+
+
+def choose_devices(config: RunConfig, accelerator: str) -> int | None:
+    """Devices the strategy may use; None on a CPU that was given no number, where processes are free."""
+    devices = config.launcher.devices
+    if accelerator == "cpu":
+        return None if devices == "auto" else devices
+    if devices == "auto":
+        return len(gpus())
+    if devices > len(gpus()):
+        raise ConfigError(
+            f"launcher.devices={devices}, but this machine has {len(gpus())} GPU{'s' * (len(gpus()) != 1)}; set "
+            f"launcher.devices={len(gpus())}, or launcher.accelerator=cpu to rehearse."
+        )
+    return devices
+
+
+def check_precision(config: RunConfig, accelerator: str) -> None:
+    name, compute = config.precision.name, config.precision.compute
+    if accelerator == "cpu" and compute == "float16":
+        raise ConfigError(f"precision={name} needs a GPU (float16 with loss scaling); on CPU choose precision=bf16.")
+    old = [gpu.name for gpu in gpus() if gpu.compute_capability < BFLOAT16_CAPABILITY]
+    if accelerator == "gpu" and compute == "bfloat16" and old:
+        raise ConfigError(f"precision={name} needs bfloat16, which {old[0]} does not have; choose precision=fp16.")
+    if compute == "float16" and config.trainer.clip_norm is not None and config.optimizer.get("fused"):
+        raise ConfigError(
+            "optimizer.fused=true cannot be clipped under loss scaling (it unscales by itself); "
+            "set optimizer.fused=false or trainer.clip_norm=null."
+        )
+
+
+def check_vocabulary(config: RunConfig) -> None:
+    """The model must have a row for every token that the data can hold."""
+    tokens, rows = config.data.get("vocab_size"), config.model.get("net", {}).get("vocab_size")
+    if isinstance(tokens, int) and isinstance(rows, int) and tokens > rows:
+        raise ConfigError(
+            f"model.net.vocab_size={rows} is smaller than data.vocab_size={tokens}; set model.net.vocab_size={tokens}."
+        )
+
+
+def accumulation(data: Data, data_ranks: int) -> int:
+    """Micro-batches a data rank runs per optimizer step; ConfigError with the nearest batches that divide."""
+    per_round = data.micro_batch_size * data_ranks
+    if data.global_batch_size % per_round == 0:
+        return data.global_batch_size // per_round
+    below = data.global_batch_size // per_round * per_round
+    nearest = " or ".join(str(size) for size in (below, below + per_round) if size)
+    raise ConfigError(
+        f"data.global_batch_size={data.global_batch_size} does not divide into data.micro_batch_size="
+        f"{data.micro_batch_size} x {data_ranks} data ranks = {per_round}; set data.global_batch_size={nearest}"
+        f"{smaller_micro_batch(data, data_ranks)}."
+    )
+
+
+def smaller_micro_batch(data: Data, data_ranks: int) -> str:
+    """The largest smaller micro-batch that divides this global batch, as a further choice; empty if there is none."""
+    if data.global_batch_size % data_ranks:
+        return ""
+    per_rank = data.global_batch_size // data_ranks
+    size = next(size for size in range(min(data.micro_batch_size, per_rank), 0, -1) if per_rank % size == 0)
+    return f", or data.micro_batch_size={size}"

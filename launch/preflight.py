@@ -1,0 +1,50 @@
+"""Asks a model for its plan before a run starts, in a process of its own so that the dispatcher imports no torch.
+
+Run by the dispatcher as `python -m launch.preflight`, with the resolved config as JSON on stdin.
+"""
+
+import json
+import subprocess
+import sys
+
+from launch.compose import REPOSITORY
+from launch.schema import ConfigError, RunConfig, build_spec, validate
+from strategies.spec import Strategy
+
+
+def check_model(config: RunConfig) -> None:
+    """ConfigError if the model's plan lacks a part that the strategy needs."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "launch.preflight"],
+        input=config.model_dump_json(),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+    )
+    if answer.returncode:
+        raise ConfigError((answer.stderr.strip().splitlines() or ["model: its plan could not be read"])[-1])
+
+
+def main() -> None:
+    config = validate(json.load(sys.stdin))
+    strategy: Strategy = build_spec(config.strategy, "strategy", Strategy)
+    from launch.worker import build_model
+
+    model = build_model(config)
+    model.configure_model()
+    plan = getattr(model, "plan", None)
+    if plan is None:
+        raise ConfigError(
+            f"model={config.choices.get('model')} has no plan, which strategy={strategy.name} needs "
+            f"({', '.join(sorted(strategy.needs))}); give {type(model).__name__} a `plan: ParallelPlan`."
+        )
+    plan.require(strategy.needs, type(model).__name__)
+    strategy.check(plan, strategy.mesh.world_size)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(str(error))

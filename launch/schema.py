@@ -1,0 +1,146 @@
+"""The typed config: every key of a run with its type, range and the rules between keys. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any, Literal
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
+
+from strategies.spec import Precision
+from tracking.wandb_config import WandbConfig
+
+# Keys that may differ between two runs that train the same thing: how a run is watched, where it lies.
+NOT_IDENTITY = ("name", "run_dir", "evidence", "logger", "launcher", "status", "expect", "choices")
+
+
+class ConfigError(ValueError):
+    """A mistake in what the user asked for: one line that names key, value and fix."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainerConfig(Section):
+    max_steps: PositiveInt  # optimizer steps
+    clip_norm: PositiveFloat | None
+    val_every_steps: PositiveInt | None
+    log_every_steps: PositiveInt
+
+
+class LauncherConfig(Section):
+    name: Literal["local"]
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: PositiveInt | Literal["auto"]
+    threads_per_rank: PositiveInt | Literal["auto"]
+    timeout_s: PositiveFloat
+
+
+class RunConfig(Section):
+    """One run. Sections with a `_target_` are built by `build_spec` (strategy, data) or by the worker (model)."""
+
+    seed: NonNegativeInt
+    name: str = Field(min_length=1)
+    run_dir: str = Field(min_length=1)
+    evidence: bool
+    strategy: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    precision: Precision
+    trainer: TrainerConfig
+    logger: WandbConfig
+    launcher: LauncherConfig
+    status: Literal["untested", "measured"] | None  # of a recipe
+    expect: dict[str, float | str] | None  # of a measured recipe: what was seen, on what hardware, with what versions
+    choices: dict[str, str | None]  # which file of each group was chosen; written by launch.compose
+
+    @field_validator("model", "optimizer")
+    @classmethod
+    def counts_are_positive(cls, section: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Sizes of a net are checked by their names, since its class cannot be imported without torch."""
+        for key, value in leaves(section, f"{info.field_name}."):
+            last = key.rpartition(".")[2]
+            is_count = last.startswith("num_") or last.endswith("_size")
+            if is_count and value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{key}: must be a whole number above 0 (got {value!r}).")
+        return section
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that are equal for two runs that train the same thing the same way."""
+        identity = {key: value for key, value in self.model_dump().items() if key not in NOT_IDENTITY}
+        return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def leaves(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a nested mapping."""
+    found: list[tuple[str, Any]] = []
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            found += leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def validate(tree: dict[str, Any]) -> RunConfig:
+    """The composed tree as a RunConfig; ConfigError in one line for the first key that is wrong."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(first_line(error)) from None
+
+
+def key_of(entry: ErrorDetails) -> str:
+    """Dotted key of one pydantic error; the names of a union's members, which pydantic adds, are left out."""
+    return ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("constrained-", "literal[")))
+
+
+def first_line(error: ValidationError, prefix: str = "") -> str:
+    """`trainer.max_steps: Input should be greater than 0 (got -3).` for the first key that a ValidationError names."""
+    first = error.errors()[0]
+    key = ".".join(part for part in (prefix, key_of(first)) if part)
+    match first["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"{key}={first['input']}: there is no such key; leave it out or correct its name."
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return f"{key} is missing; give it a value."
+        case "value_error":
+            return first["msg"].removeprefix("Value error, ")
+    wanted = dict.fromkeys(entry["msg"] for entry in error.errors() if key_of(entry) == key_of(first))
+    return f"{key}: {' or '.join(wanted)} (got {first['input']!r})."
+
+
+def build_spec(section: dict[str, Any], name: str, kind: type) -> Any:
+    """The torch-free object that `section` describes; ConfigError if its `_target_`, keys or values are wrong."""
+    try:
+        spec = instantiate(section, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValidationError):
+            raise ConfigError(first_line(cause, prefix=name)) from None
+        raise ConfigError(f"{name}: {str(cause or error).splitlines()[0]}") from None
+    if not isinstance(spec, kind):
+        raise ConfigError(
+            f"{name}._target_={section.get('_target_')} is not a {kind.__module__}.{kind.__name__}; "
+            f"choose one of the files in conf/{name}/."
+        )
+    return spec

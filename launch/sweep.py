@@ -1,0 +1,44 @@
+"""Sweeps: what became of each job, in one table at the end, whatever happened on the way."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from tracking.report import print_runs
+from tracking.sources import read_runs
+from tracking.status import RunStatus, read_status
+
+
+class SweepTable(Callback):
+    """Hydra callback that remembers the sweep's folder, so that the table can be printed however the sweep ends."""
+
+    folder: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepTable.folder = Path(str(config.hydra.sweep.dir)).resolve()
+
+
+def print_sweep(sweep_dir: Path) -> int:
+    """Print what became of each job; the number of jobs that did not complete."""
+    try:
+        runs = read_runs(sweep_dir)
+    except ValueError:  # the sweep ended before its first job began
+        return 0
+    print_runs(runs)
+    return sum(run.state != "completed" for run in runs)
+
+
+def set_aside(run_dir: Path) -> None:
+    """Move a job's unfinished folder out of the way of its second try; nothing is deleted."""
+    attic = run_dir.parent / ".earlier"
+    attic.mkdir(exist_ok=True)
+    tries = sum(1 for path in attic.iterdir() if path.name.startswith(f"{run_dir.name}."))
+    run_dir.rename(attic / f"{run_dir.name}.{tries}")
+
+
+def finished(run_dir: Path) -> RunStatus | None:
+    """The status of a job that need not run again, else None."""
+    status = read_status(run_dir)
+    return status if status is not None and status.state == "completed" else None

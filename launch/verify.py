@@ -1,0 +1,157 @@
+"""Proves agreement: trains one process and each strategy on the same samples, compares, and certifies."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from rich.console import Console
+from rich.table import Table
+
+from launch.compose import compose
+from launch.dispatch import EXIT_FAILED, EXIT_REFUSED, dispatch, load_resolved
+from launch.entry import one_line
+from launch.schema import ConfigError, RunConfig
+from tracking.agreement import Certificate, compare, tolerance_text
+from tracking.evidence import Evidence
+from tracking.record import environment
+
+# What a run that is made to be compared differs in from one that is made to be used.
+VERIFY_OVERRIDES = ("trainer.max_steps=4", "trainer.val_every_steps=null", "logger=none", "evidence=true")
+
+
+class RunFailedError(Exception):
+    """A run that was to be compared did not finish."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A run that left evidence."""
+
+    config: RunConfig
+    evidence: Evidence
+
+
+def expand(overrides: list[str], multirun: bool) -> list[list[str]]:
+    """Each job's overrides: with `multirun`, `strategy=ddp,zero1` stands for two jobs, as in Hydra's sweeps."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    if not multirun:
+        return [overrides]
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line or ""]
+        for override in parsed
+    ]
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+class Verifier:
+    """Runs references once for all candidates that share them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.references: dict[tuple[str, ...], tuple[Finished, Finished]] = {}
+
+    def run(self, overrides: list[str], name: str) -> Finished:
+        """Train one run in a folder of its own under `name`."""
+        tree: dict[str, Any] = compose([*VERIFY_OVERRIDES, *overrides, f"run_dir='{self.folder / name}'"])
+        status = dispatch(tree)
+        if status.state == "refused":
+            raise ConfigError(status.error or "refused")
+        if status.state != "completed":
+            raise RunFailedError(f"{name}: {status.error}")
+        return Finished(config=load_resolved(self.folder / name), evidence=Evidence.load(self.folder / name))
+
+    def reference(self, overrides: list[str]) -> tuple[Finished, Finished]:
+        """The exact and the reference run for a candidate's overrides, made once."""
+        shared = tuple(
+            word for word in overrides if key(word) not in ("strategy",) and not key(word).startswith("strategy.")
+        )
+        if shared not in self.references:
+            number = f"{len(self.references)}-" if self.references else ""
+            exact = self.run([*without(shared, "precision"), "strategy=single", "precision=fp64"], f"{number}exact")
+            self.references[shared] = exact, self.run([*shared, "strategy=single"], f"{number}reference")
+        return self.references[shared]
+
+    def certify(self, overrides: list[str], name: str) -> Certificate:
+        """Compare the candidate that `overrides` describe with its references; the certificate lies in its folder."""
+        exact, reference = self.reference(overrides)
+        candidate = self.run(overrides, name)
+        precision = candidate.config.precision
+        checks = compare(
+            exact.evidence,
+            reference.evidence,
+            candidate.evidence,
+            master=precision.master,
+        )
+        certificate = Certificate(
+            verdict="agrees" if all(check.passed for check in checks) else "disagrees",
+            strategy=candidate.config.name,
+            world_size=int(candidate.config.launcher.devices),
+            model=str(candidate.config.choices.get("model")),
+            data=str(candidate.config.choices.get("data")),
+            precision=precision.name,
+            steps=candidate.config.trainer.max_steps,
+            checks=checks,
+            tolerance=tolerance_text(precision.master),
+            config_hash=candidate.config.hash,
+            reference_config_hash=reference.config.hash,
+            environment=environment().model_dump(),
+        )
+        certificate.write(self.folder / name / "certificate.json")
+        return certificate
+
+
+def without(overrides: tuple[str, ...], group: str) -> list[str]:
+    return [word for word in overrides if key(word) != group]
+
+
+def print_certificate(certificate: Certificate, console: Console) -> None:
+    title = (
+        f"{certificate.strategy} x {certificate.world_size} {certificate.verdict} with one process: "
+        f"{certificate.model} on {certificate.data}, {certificate.precision}, {certificate.steps} optimizer steps"
+    )
+    table = Table("compared", "values", "worst at", "difference", "one process's own", "limit", "", title=title)
+    for check in certificate.checks:
+        figures = [f"{figure:.2e}" for figure in (check.difference, check.rounding, check.limit)]
+        verdict = "ok" if check.passed else "DISAGREES"
+        table.add_row(check.quantity, str(check.count), check.where, *figures, verdict)
+    console.print(table)
+
+
+def verify(arguments: list[str]) -> int:
+    """`scripts/verify.py [-m] strategy=ddp [override ...]`: certify each candidate; 1 if any disagrees or fails."""
+    multirun = bool({"-m", "--multirun"} & set(arguments))
+    overrides = [word for word in arguments if word not in ("-m", "--multirun")]
+    folders = [word.partition("=")[2] for word in overrides if key(word) == "run_dir"]
+    stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    folder = Path(folders[0] if folders else f"runs/{stamp}-verify").resolve()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    verifier, failed = Verifier(folder), 0
+    try:
+        jobs = expand([word for word in overrides if key(word) != "run_dir"], multirun)
+        for number, job in enumerate(jobs):
+            try:
+                certificate = verifier.certify(job, f"{number}-candidate" if len(jobs) > 1 else "candidate")
+            except RunFailedError as error:
+                print(f"{' '.join(job)}: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            print_certificate(certificate, console)
+            failed += certificate.verdict != "agrees"
+    except (ConfigError, HydraException) as error:
+        print(one_line(error), file=sys.stderr)
+        return EXIT_REFUSED
+    print(f"certificates in {folder}")
+    return EXIT_FAILED if failed else 0

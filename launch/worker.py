@@ -1,0 +1,276 @@
+"""One rank of a run: builds data, model, strategy and Trainer, fits, and records. Never imports Hydra's main.
+
+Run by the agent as `python -m launch.worker <run folder>`, with torchrun's variables saying which rank it is.
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.time()
+
+from launch.lifeline import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before the seconds that importing torch takes
+
+import copy
+import faulthandler
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import Strategy
+
+from datamodules.loading import BatchDataset
+from datamodules.spec import Data, SampledData
+from launch.dispatch import EXIT_FAILED, load_resolved
+from launch.failure import record_error
+from launch.job import Job
+from launch.output import log_path, own_output
+from launch.schema import ConfigError, RunConfig
+from models.stats import ModelStats, measure
+from strategies.spec import Evidence
+from tracking import record
+from tracking.evidence import EvidenceRecorder
+from tracking.meter import Meter, measure_peak_flops
+from tracking.progress import Progress
+from tracking.record import RunRecord, environment
+from tracking.wandb_logger import finish_wandb, start_wandb
+
+
+class ValidateAtEnd(Callback):
+    """A run's last step is validated, also when `trainer.val_every_steps` does not divide `trainer.max_steps`."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates before it stops early, not when max_steps is reached
+
+
+class LeaveWord(Callback):
+    """Records what ended training at once: Lightning's teardown may fail in turn and hide it."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.run_dir, self.rank = run_dir, rank
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        record_error(self.run_dir, self.rank, exception)
+
+
+def build_model(config: RunConfig) -> LightningModule:
+    """The LightningModule that the config describes; ValueError in one line if its `_target_` or keys are wrong."""
+    try:
+        model = instantiate(config.model, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(f"model: {str(error.__cause__ or error).splitlines()[0]}") from None
+    if not isinstance(model, LightningModule):
+        raise ConfigError(f"model._target_={config.model.get('_target_')} is not a LightningModule.")
+    return model
+
+
+def model_stats(model: LightningModule, data: Data) -> ModelStats | None:
+    """Parameters and FLOPs of the model, on the meta device; None where the data give no sample to measure with."""
+    if not isinstance(data, SampledData):
+        return None
+    sample = BatchDataset(data.train_samples())[np.zeros(1, dtype=np.int64)]
+    shadow = copy.deepcopy(model)
+    shadow.configure_model()
+    return measure(shadow.to("meta"), sample)
+
+
+def loggers(job: Job, rank: int) -> list[Logger]:
+    """metrics.csv on rank 0, and W&B unless it is disabled."""
+    if rank:
+        return []
+    config = job.config
+    csv = CSVLogger(save_dir=job.run_dir, name="", version="")
+    wandb = start_wandb(
+        config.logger,
+        run_dir=job.run_dir,
+        job_type=config.strategy["name"],
+        name=config.name,
+        run_config=config.model_dump(),
+    )
+    return [csv] if wandb is None else [csv, wandb]
+
+
+def build_engine(job: Job) -> Strategy:
+    config = job.config
+    return job.strategy.build(
+        precision=config.precision,
+        seed=config.seed,
+        accelerator=config.launcher.accelerator,
+        timeout_s=config.launcher.timeout_s,
+    )
+
+
+def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: list[Logger]) -> Trainer:
+    config, trainer = job.config, job.config.trainer
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    validate_every = trainer.val_every_steps or trainer.max_steps
+    return Trainer(
+        accelerator=config.launcher.accelerator,
+        devices=local_world_size,
+        num_nodes=job.world_size // local_world_size,
+        strategy=engine,
+        plugins=[TorchElasticEnvironment()],
+        max_steps=trainer.max_steps,
+        accumulate_grad_batches=job.accumulation,
+        gradient_clip_val=trainer.clip_norm,
+        val_check_interval=validate_every * job.accumulation,
+        check_val_every_n_epoch=None,  # count from the start of the run: there are no epochs here
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(trainer.log_every_steps, trainer.max_steps),  # Lightning warns where it is more
+        logger=sinks,
+        callbacks=callbacks,
+        use_distributed_sampler=False,  # datamodules.order decides who sees what
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=job.run_dir,
+    )
+
+
+def train(
+    job: Job, *, terminal: TextIO | None = None, log: TextIO | None = None, callbacks: Sequence[Callback] = ()
+) -> RunRecord:
+    """Train one rank to the end; rank 0 writes the record that every rank returns.
+
+    `callbacks` come before Concord's own, so that those see what they do. With a `terminal` there is a live bar, and
+    what is printed meanwhile goes above it and into `log`.
+    """
+    config, rank = job.config, int(os.environ["RANK"])
+    quiet()
+    torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not TF32
+    seed_everything(config.seed, workers=True, verbose=False)
+    model = build_model(config)
+    stats = model_stats(model, job.data)
+    sinks = loggers(job, rank)
+    completed = False
+    try:
+        engine = build_engine(job)
+        meter = build_meter(job, engine, stats)
+        own: list[Callback] = [
+            LeaveWord(job.run_dir, rank),
+            ValidateAtEnd(),
+            meter,
+            Progress(meter, terminal=terminal, log=log),
+        ]
+        if config.evidence:
+            own.append(EvidenceRecorder(job.run_dir))
+        trainer = build_trainer(job, engine, [*callbacks, *own], sinks)
+        trainer.fit(model, datamodule=job.data.build())
+        result = record_of(job, meter, stats)
+        if rank == 0:
+            result.write(job.run_dir / "record.json")
+        completed = True
+    finally:
+        if rank == 0:
+            finish_wandb(sinks, ok=completed)
+    return result
+
+
+def build_meter(job: Job, engine: Strategy, stats: ModelStats | None) -> Meter:
+    on_gpu = job.config.launcher.accelerator == "gpu"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    return Meter(
+        samples_per_step=job.data.global_batch_size,
+        tokens_per_sample=job.data.tokens_per_sample,
+        flops_per_sample=stats.flops_per_sample if stats else None,
+        peak_flops=measure_peak_flops(getattr(torch, job.config.precision.compute), device),
+        log_every_steps=job.config.trainer.log_every_steps,
+        started_at=STARTED,
+        offers=lambda: {"optim/grad_norm": cast(Evidence, engine).gradient_norm()},
+    )
+
+
+def record_of(job: Job, meter: Meter, stats: ModelStats | None) -> RunRecord:
+    config = job.config
+    on_gpu = config.launcher.accelerator == "gpu"
+    return RunRecord(
+        run_id=job.run_dir.name,
+        name=config.name,
+        group=config.logger.group,
+        strategy=config.strategy["name"],
+        model=str(config.choices.get("model")),
+        data=str(config.choices.get("data")),
+        seed=config.seed,
+        config=config.model_dump(),
+        config_hash=config.hash,
+        environment=environment(
+            device=torch.cuda.get_device_name() if on_gpu else None,
+            device_count=job.world_size if on_gpu else 1,
+        ),
+        world_size=job.world_size,
+        mesh=record.Mesh(**job.mesh.sizes),
+        precision=record.Precision(**vars(config.precision)),
+        model_stats=record.Stats(
+            parameters=stats.parameters if stats else 0,
+            flops_per_sample=stats.flops_per_sample if stats else None,
+        ),
+        batch=record.Batch(
+            global_=job.data.global_batch_size,
+            micro=job.data.micro_batch_size,
+            accumulation=job.accumulation,
+            tokens_per_sample=job.data.tokens_per_sample,
+        ),
+        results=meter.results(),
+    )
+
+
+def quiet() -> None:
+    """Leave to the terminal what concerns the user; Lightning's tips and notices stay out."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Concord's loaders gather from memory: workers would only add a copy.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # Lightning 2.6 asks torch's pytree in a way that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    # metrics.csv lies in the run folder itself, beside files that are there before it.
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+
+
+def leave_word(run_dir: Path, rank: int) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
+    """An excepthook that records the cause for the dispatcher and ends the process at once.
+
+    At once, because what a rank does at exit (destroying process groups) can wait for ranks that will never answer.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        record_error(run_dir, rank, error)
+        with log_path(run_dir, rank).open("a") as log:
+            traceback.print_exception(kind, error, trace, file=log)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED)
+
+    return hook
+
+
+def run_rank(job: Job) -> None:
+    """Train this rank with its output in its log; if it fails, leave word and end the process."""
+    rank = int(os.environ["RANK"])
+    terminal = own_output(job.run_dir, rank)
+    faulthandler.enable()
+    sys.excepthook = leave_word(job.run_dir, rank)
+    with log_path(job.run_dir, rank).open("a") as log:
+        train(job, terminal=terminal, log=log if terminal else None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_rank(Job.of(load_resolved(Path(sys.argv[1]))))

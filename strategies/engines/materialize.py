@@ -1,0 +1,69 @@
+"""Meta-device nets become real ones here: every parameter gets its first value from (seed, FQN) and nothing else."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_seed(seed: int, fqn: str) -> int:
+    """A 63-bit seed for the module called `fqn`, the same on every rank, machine and torch version."""
+    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def owned_meta_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that `module` itself (not a child) holds and that have no storage yet."""
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if tensor.is_meta:
+            yield name, tensor
+
+
+def materialize(root: nn.Module, device: torch.device, seed: int) -> None:
+    """Give the meta-device tensors of `root` storage on `device` and their initial values, module by module.
+
+    Values are drawn in float32 on the CPU and then cast, so that they are the same on every device and in every
+    precision. Each module's `reset_parameters()` (torch's own convention) draws with a generator seeded by its FQN.
+    A parameter shared by two modules stays one parameter, with the values of the module that comes first.
+    Tensors that are not on the meta device keep their values: a net built eagerly is left as it is.
+
+    Raises ValueError naming the module if it holds a parameter but has no `reset_parameters`.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for fqn, module in root.named_modules():
+        owned = dict(owned_meta_tensors(module))
+        if not owned:
+            continue
+        fresh = draw(module, owned, fqn, seed)
+        for name, meta in owned.items():
+            if meta not in made:
+                value = fresh[name].to(device=device, dtype=meta.dtype)
+                made[meta] = nn.Parameter(value, meta.requires_grad) if isinstance(meta, nn.Parameter) else value
+            put(module, name, made[meta])
+
+
+def draw(module: nn.Module, owned: dict[str, Tensor], fqn: str, seed: int) -> dict[str, Tensor]:
+    """Initial values of the tensors `owned` by `module`, in float32 on the CPU; the module is left holding them."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is None:
+        raise ValueError(
+            f"model: {type(module).__name__} at {fqn or 'the root'} holds {', '.join(owned)} but has no "
+            f"reset_parameters(); add one that gives them their first values, as torch's own layers do."
+        )
+    for name, meta in owned.items():
+        dtype = torch.float32 if meta.is_floating_point() else meta.dtype
+        value = torch.empty(meta.shape, dtype=dtype, device="cpu")
+        put(module, name, nn.Parameter(value, meta.requires_grad) if isinstance(meta, nn.Parameter) else value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(parameter_seed(seed, fqn))
+        reset()
+    return {name: getattr(module, name).detach() for name in owned}
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer that the module already has a place for."""
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[name] = tensor
+    else:
+        module._buffers[name] = tensor

@@ -1,0 +1,71 @@
+"""Lightning strategies that hold the whole model: one process, and DDP."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
+
+from strategies.engines.materialize import materialize
+from strategies.engines.precision import precision_plugin
+from strategies.spec import Precision
+
+
+class WholeModel(Strategy):
+    """What holds for every strategy whose ranks each keep all of the model; mixed into a Lightning strategy."""
+
+    seed: int
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        materialize(self.module, self.root_device, self.seed)
+        super().setup(trainer)
+
+    @property
+    def module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def gradient_norm(self) -> Tensor:
+        # DDP has averaged the gradients by now, so every rank's own norm is the norm of the whole.
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for fqn, parameter in self.module.named_parameters():
+            yield fqn, parameter.detach().cpu()
+
+
+class SingleEngine(WholeModel, SingleDeviceStrategy):
+    """One process, one device."""
+
+    def __init__(self, *, precision: Precision, seed: int, accelerator: str) -> None:
+        device = torch.device("cuda", 0) if accelerator == "gpu" else torch.device("cpu")
+        super().__init__(device=device, precision_plugin=precision_plugin(precision, device.type))
+        self.seed = seed
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": 1, "rank": 0}
+
+
+class DDPEngine(WholeModel, DDPStrategy):
+    """The model on every rank; DistributedDataParallel averages the gradients."""
+
+    def __init__(self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, bucket_mb: int) -> None:
+        on_gpu = accelerator == "gpu"
+        super().__init__(
+            precision_plugin=precision_plugin(precision, "cuda" if on_gpu else "cpu"),
+            process_group_backend="nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            bucket_cap_mb=bucket_mb,
+            gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
+        )
+        self.seed = seed
+
+    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
+        # Lightning weights validation batches by their sizes, but averages those as integers, which truncates: with
+        # 10 and 9 samples on two ranks, `self.log(..., sync_dist=True)` would divide by 9.
+        return super().reduce(tensor if tensor.is_floating_point() else tensor.double(), group, reduce_op)

@@ -1,0 +1,95 @@
+"""Faults that distributed training really has, planted as callbacks: each must make verify say "disagrees"."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+
+def gradients(module: pl.LightningModule) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
+class AveragedTwice(pl.Callback):
+    """Gradients divided by the number of ranks once more than they should be."""
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        for gradient in gradients(pl_module):
+            gradient.div_(trainer.world_size)
+
+
+class AccumulatedTwice(pl.Callback):
+    """Gradients divided by the number of micro-batches once more (Lightning's DeepSpeed strategy has done it)."""
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        for gradient in gradients(pl_module):
+            gradient.div_(trainer.accumulate_grad_batches)
+
+
+class NotAveraged(pl.Callback):
+    """Every rank steps with its own gradient."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ddp = trainer.strategy.model
+        assert isinstance(ddp, DistributedDataParallel)
+        ddp.require_backward_grad_sync = False
+
+
+class ClippedByLocalNorm(NotAveraged):
+    """Every rank clips its own gradient by its own norm, and only then are they averaged."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.clip_norm, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        assert self.clip_norm is not None
+        torch.nn.utils.clip_grad_norm_(pl_module.parameters(), self.clip_norm)
+        for gradient in gradients(pl_module):
+            gradient.copy_(trainer.strategy.reduce(gradient.clone(), reduce_op="mean"))
+
+
+class SamplesRepeated(pl.Callback):
+    """Every rank trains on the first rank's samples."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for tensor in batch if isinstance(batch, list | tuple) else [batch]:
+            tensor.copy_(trainer.strategy.broadcast(tensor))
+
+
+class OtherInitialWeight(pl.Callback):
+    """One weight of the last rank starts one thousandth off."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_rank == trainer.world_size - 1:
+            weight = max(pl_module.parameters(), key=torch.Tensor.numel)
+            with torch.no_grad():
+                weight.view(-1)[0].add_(1e-3)
+
+
+class StepSkipped(pl.Callback):
+    """The second optimizer step changes nothing."""
+
+    before: list[torch.Tensor] | None = None
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if trainer.global_step == 1:
+            self.before = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
+        if self.before is not None:
+            for parameter, before in zip(pl_module.parameters(), self.before, strict=True):
+                parameter.detach().copy_(before)
+            self.before = None

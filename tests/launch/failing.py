@@ -1,0 +1,33 @@
+"""Models that break on one rank, each in a way of its own."""
+
+import os
+import signal
+from typing import Any
+
+from torch import Tensor
+
+from models.language import LanguageModel
+
+
+class RaisesOnRank1(LanguageModel):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_rank == 1:
+            raise RuntimeError("boom on rank 1")
+        return super().training_step(batch, batch_idx)
+
+
+class SegfaultsOnRank1(LanguageModel):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().training_step(batch, batch_idx)
+
+
+class HoldsNoReset(LanguageModel):
+    """A net with a parameter that nothing initialises."""
+
+    def configure_model(self) -> None:
+        import torch
+
+        super().configure_model()
+        self.lonely = torch.nn.Parameter(torch.empty(3, device="meta"))

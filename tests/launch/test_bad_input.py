@@ -1,0 +1,92 @@
+"""Every mistake of a user's gets one line with key, value and fix, a non-zero exit, and starts no process."""
+
+import gzip
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.command import TINY, train
+
+MISTAKES = {
+    "unknown preset": (["strategy=zero9"], ["zero9", "single"]),
+    "unknown key": (["trainer.max_step=3"], ["max_step"]),
+    "unknown added key": (["+trainer.max_step=3"], ["trainer.max_step=3", "no such key"]),
+    "unknown added strategy key": (["strategy=ddp", "+strategy.bucket=3"], ["strategy.bucket=3", "no such key"]),
+    "negative count": (["trainer.max_steps=-3"], ["trainer.max_steps", "greater than 0", "-3"]),
+    "count that is no integer": (["trainer.max_steps=2.5"], ["trainer.max_steps", "2.5"]),
+    "negative count of a net": (["model.net.num_layers=-1"], ["model.net.num_layers", "-1"]),
+    "word for a count": (["data.global_batch_size=many"], ["data.global_batch_size", "many"]),
+    "devices that are none": (["launcher.devices=0"], ["launcher.devices", "0"]),
+    "batch that does not divide": (
+        ["strategy=ddp", "launcher.devices=2", "data.global_batch_size=20", "data.micro_batch_size=4"],
+        ["data.global_batch_size=20", "16 or 24", "data.micro_batch_size=2"],
+    ),
+    "mesh that does not fit": (
+        ["strategy=ddp", "launcher.devices=2", "strategy.mesh.data=4"],
+        ["launcher.devices=2", "4"],
+    ),
+    "axis that ddp has not": (
+        ["strategy=ddp", "+strategy.mesh.tensor=2", "launcher.devices=2"],
+        ["strategy.mesh.tensor=2"],
+    ),
+    "no GPU": (["launcher.accelerator=gpu"], ["launcher.accelerator=gpu", "launcher.accelerator=cpu"]),
+    "precision that a CPU cannot do": (["precision=fp16"], ["precision=fp16", "precision=bf16"]),
+    "data that do not go with the model": (["model=vit_tiny"], ["image_size", "data=text"]),
+    "vocabulary too small": (["model.net.vocab_size=100"], ["model.net.vocab_size=100", "256"]),
+    "missing data file": (["data.files='nowhere/*.txt'"], ["data.files", "nowhere/*.txt"]),
+    "empty data file": (["data.files=empty.txt"], ["empty.txt"]),
+    "text shorter than one sample": (["data.files=short.txt"], ["data.sequence_length", "give more text"]),
+    "binary rubbish as text": (["data.files=rubbish.txt"], ["rubbish.txt"]),
+    "run folder under a file": (["run_dir=empty.txt/run"], ["empty.txt/run", "cannot be written"]),
+    "run folder that holds another run": (["run_dir=taken"], ["run_dir", "taken", "already holds another run"]),
+    "mandatory value left out": (["data=idx", "model=vit_tiny"], ["data.folder"]),
+    "sweep folder that is none": (["resume_sweep=taken"], ["resume_sweep=taken"]),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("Too short for validation.")
+    (tmp_path / "rubbish.txt").write_bytes(gzip.compress(os.urandom(4096)))
+    (tmp_path / "taken/ranks").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_gets_one_line_and_starts_nothing(mistake: str, folder: Path) -> None:
+    overrides, words = MISTAKES[mistake]
+    began = time.monotonic()
+    defaults = [] if any(word.startswith("run_dir=") for word in overrides) else ["run_dir=run"]
+    keys = {word.partition("=")[0].lstrip("+") for word in overrides}
+    tiny = [word for word in TINY if word.partition("=")[0] not in keys]
+    if "resume_sweep" in keys:
+        tiny, defaults = [], []
+    if {"model", "data"} & keys:
+        tiny = [word for word in tiny if not word.startswith(("model.", "data."))]
+    run = train(folder, *tiny, *overrides, *defaults)
+    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    assert run.returncode == 2
+    assert len(lines) == 1, run.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert run.stdout.strip() == ""
+    assert not list(folder.glob("**/*.log"))
+    assert time.monotonic() - began < 20
+
+
+def test_more_devices_than_gpus_is_refused_by_number(folder: Path) -> None:
+    # The border that cannot be crossed on a machine without a GPU: nvidia-smi answers as it does with one.
+    smi = folder / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text('#!/bin/sh\necho "NVIDIA T4, 7.5, 15360"\n')
+    smi.chmod(0o755)
+    for overrides, words in (
+        (["strategy=ddp", "launcher.devices=2"], ["launcher.devices=2", "has 1 GPU", "launcher.devices=1"]),
+        (["precision=bf16"], ["precision=bf16", "NVIDIA T4", "precision=fp16"]),
+    ):
+        run = train(folder, *overrides, PATH=f"{smi.parent}:{os.environ['PATH']}")
+        assert run.returncode == 2
+        assert all(word in run.stderr for word in words), run.stderr
+        assert len(run.stderr.strip().splitlines()) == 1

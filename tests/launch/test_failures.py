@@ -1,0 +1,93 @@
+"""A run whose rank dies ends soon, says which rank and why, and leaves no process behind."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.command import TINY, alive, family, rank_process, start, train, wait_for
+from tracking.status import read_status
+
+pytestmark = pytest.mark.slow
+ENDLESS = ["strategy=ddp", *TINY, "trainer.max_steps=1000000", "trainer.val_every_steps=null", "run_dir=run"]
+
+
+def training(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.csv"
+    return metrics.exists() and len(metrics.read_text().splitlines()) > 2
+
+
+def start_training(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A run that has taken its first steps, and all its processes."""
+    process = start(folder, *ENDLESS)
+    wait_for(lambda: training(folder / "run") or process.poll() is not None, "the first steps")
+    assert process.poll() is None, (folder / "err").read_text()
+    return process, family(process.pid)
+
+
+def assert_all_end(processes: list[psutil.Process], within_s: float = 30) -> None:
+    wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=within_s)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank_is_named_and_ends_the_run(rank: int, tmp_path: Path) -> None:
+    process, processes = start_training(tmp_path)
+    rank_process(process.pid, rank).kill()
+    assert process.wait(timeout=30) == 1
+    assert_all_end(processes, within_s=5)
+    error = (tmp_path / "err").read_text()
+    assert f"rank {rank} of 2 was killed by SIGKILL; see {tmp_path}/run/ranks/{rank}.log" in error
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.exit_code) == ("failed", 1)
+
+
+def test_killed_dispatcher_leaves_no_process_and_reads_as_lost(tmp_path: Path) -> None:
+    process, processes = start_training(tmp_path)
+    process.kill()
+    process.wait()
+    assert_all_end(processes)
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert status.state == "lost"
+
+
+def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
+    process, processes = start_training(tmp_path)
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert_all_end(processes, within_s=5)
+    assert time.monotonic() - began < 30
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert status.state == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        ("RaisesOnRank1", "rank 1 of 2 raised RuntimeError: boom on rank 1 (failing.py:"),
+        ("SegfaultsOnRank1", "rank 1 of 2 was killed by SIGSEGV; see "),
+    ],
+)
+def test_cause_on_one_rank_is_named(model: str, cause: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    run = train(tmp_path, *ENDLESS, f"model._target_=tests.launch.failing.{model}")
+    assert run.returncode == 1
+    assert cause in run.stderr
+    assert f"{tmp_path}/run/ranks/1.log" in run.stderr
+    assert time.monotonic() - began < 60
+    assert "Traceback" not in run.stderr.replace(cause, "") or model == "SegfaultsOnRank1"
+
+
+def test_rank_logs_hold_each_ranks_output(tmp_path: Path) -> None:
+    run = train(tmp_path, "strategy=ddp", *TINY, "trainer.log_every_steps=1", "run_dir=run")
+    assert run.returncode == 0, run.stderr
+    assert "step 4/4" in (tmp_path / "run/ranks/0.log").read_text()
+    assert "step 4/4" in run.stdout
+    assert (tmp_path / "run/ranks/1.log").exists()

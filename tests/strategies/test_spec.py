@@ -1,0 +1,71 @@
+"""Meshes, precisions and presets, before any process exists."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.utils import instantiate
+
+from strategies.spec import Mesh, Precision, Strategy
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+PRESETS = sorted(path for path in (CONF / "strategy").glob("*.yaml") if not path.name.startswith("_"))
+PRECISIONS = sorted((CONF / "precision").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_is_a_spec_that_bears_its_files_name(path: Path) -> None:
+    strategy = instantiate(yaml.safe_load(path.read_text()), _convert_="all")
+    assert isinstance(strategy, Strategy)
+    assert strategy.name == path.stem
+    mesh = strategy.mesh.resolve(None)
+    strategy.check(None, mesh.world_size)
+
+
+@pytest.mark.parametrize("path", PRECISIONS, ids=lambda path: path.stem)
+def test_precision_bears_its_files_name_and_lightning_knows_it(path: Path) -> None:
+    from strategies.engines.precision import precision_plugin
+
+    precision = instantiate({"_target_": "strategies.spec.Precision", **yaml.safe_load(path.read_text())})
+    assert precision.name == path.stem
+    if precision.compute != "float16":  # its loss scaler needs a GPU
+        assert precision_plugin(precision, "cpu").precision == precision.lightning
+
+
+@pytest.mark.parametrize("path", [*CONF.glob("*/*.yaml"), CONF / "config.yaml"], ids=lambda path: path.name)
+def test_first_line_says_what_choosing_it_does(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first.split()) > 4
+
+
+def test_open_axis_takes_what_is_left_of_the_world() -> None:
+    assert Mesh(data="auto", tensor=2).resolve(8) == Mesh(data=4, tensor=2)
+    assert Mesh(data="auto").resolve(None).world_size == 2
+    assert Mesh(pipe=2, data="auto", tensor=2).resolve(None).world_size == 4
+
+
+def test_closed_mesh_leaves_further_devices_idle() -> None:
+    assert Mesh().resolve(4).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "words"),
+    [
+        (Mesh(data="auto", tensor=2), 3, ["launcher.devices=3", "multiple of 2", "4"]),
+        (Mesh(data=4), 2, ["launcher.devices=2", "4"]),
+        (Mesh(pipe="auto", data="auto"), 4, ["pipe and data"]),
+    ],
+)
+def test_mesh_that_does_not_fit_is_refused(mesh: Mesh, devices: int, words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:  # its words are checked one by one
+        mesh.resolve(devices)
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_mixed_precision_without_a_plugin_is_refused() -> None:
+    from strategies.engines.precision import precision_plugin
+
+    odd = Precision(name="odd", parameter="float16", compute="float16", reduce="float16", master="float16")
+    with pytest.raises(ValueError, match="precision=odd"):
+        precision_plugin(odd, "cpu")

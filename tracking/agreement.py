@@ -1,0 +1,202 @@
+"""Decides whether two runs computed the same thing, to within the rounding that one process commits itself.
+
+Three runs are compared: the *exact* one (one process, float64), the *reference* (one process, in the precision asked
+for) and the *candidate* (the strategy, in the same precision). How far the reference lies from the exact run is what
+rounding alone does to this very model on these very samples. A strategy sums in another order, so its rounding is
+another draw from the same distribution: the candidate may lie MARGIN times as far from the exact run, and no further.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from tracking.evidence import Evidence
+
+# Two draws of a tensor's rounding error (an L2 norm over its elements) differ by a small factor; the least planted
+# fault that tests/agreement plants is beyond 1,000 times the limit.
+MARGIN = 8.0
+
+# Where the reference happens to be exact, a candidate may still round: unit roundoff u of the format in which the
+# quantity is held (Higham, Accuracy and Stability of Numerical Algorithms, section 2.1), relative to its size.
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+Quantity = Literal["samples", "loss", "gradient norm", "validation loss", "weights"]
+
+
+class Check(BaseModel):
+    """One quantity: where the candidate came closest to its limit, or went furthest beyond it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quantity: Quantity
+    count: int  # values compared
+    where: str
+    difference: float  # from the exact run, at that place
+    rounding: float  # the reference's own difference from the exact run, at that place
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.limit  # False for NaN: what cannot be compared does not agree
+
+
+class Certificate(BaseModel):
+    """The verdict on one candidate, with all that is needed to reproduce it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    verdict: Literal["agrees", "disagrees"]
+    strategy: str
+    world_size: int
+    model: str
+    data: str
+    precision: str
+    steps: int
+    checks: list[Check]
+    tolerance: str
+    config_hash: str
+    reference_config_hash: str
+    environment: dict[str, Any]
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=2))
+
+    @classmethod
+    def read(cls, path: Path) -> Certificate:
+        return cls.model_validate(json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One compared value: its name, its sizes of error, and its limit."""
+
+    where: str
+    difference: float
+    rounding: float
+    limit: float
+
+    @property
+    def excess(self) -> float:
+        """Difference in units of the limit; NaN counts as infinitely far."""
+        ratio = self.difference / self.limit if self.limit else float(self.difference > 0) * np.inf
+        return float(np.inf if np.isnan(ratio) else ratio)
+
+
+def worst(quantity: Quantity, points: Iterable[Point]) -> Check:
+    """The check of a quantity, decided by its worst point."""
+    points = list(points)
+    point = max(points, key=lambda point: point.excess)
+    return Check(
+        quantity=quantity,
+        count=len(points),
+        where=point.where,
+        difference=point.difference,
+        rounding=point.rounding,
+        limit=point.limit,
+    )
+
+
+def compare_samples(reference: Evidence, candidate: Evidence) -> Check:
+    """Every optimizer step must see the same multiset of samples; difference = samples too many or too few."""
+    steps = max(len(reference.samples), len(candidate.samples))
+    points = []
+    for step in range(steps):
+        ours, theirs = (side.samples[step] if step < len(side.samples) else [] for side in (candidate, reference))
+        points.append(Point(f"step {step}", float(multiset_difference(ours, theirs)), 0.0, 0.0))
+    return worst("samples", points)
+
+
+def multiset_difference(left: Sequence[str], right: Sequence[str]) -> int:
+    ours, theirs = Counter(left), Counter(right)
+    return ((ours - theirs) + (theirs - ours)).total()
+
+
+def compare_series(
+    quantity: Quantity,
+    exact: Sequence[float],
+    reference: Sequence[float],
+    candidate: Sequence[Sequence[float]],
+    u: float,
+) -> Check:
+    """Compare a scalar per step; `candidate` holds, per step, the value that each rank measured.
+
+    One step's rounding error may be small by luck, so the largest relative error of all steps sets the limit.
+    """
+    relative = max(abs(r - e) / abs(e) if e else 0.0 for e, r in zip(exact, reference, strict=True))
+    return worst(
+        quantity,
+        (
+            Point(
+                where=f"step {step}, rank {rank}" if len(values) > 1 else f"step {step}",
+                difference=abs(value - exact[step]),
+                rounding=abs(reference[step] - exact[step]),
+                limit=MARGIN * max(relative, u) * abs(exact[step]),
+            )
+            for step, values in enumerate(candidate)
+            for rank, value in enumerate(values)
+        ),
+    )
+
+
+def compare_weights(exact: Evidence, reference: Evidence, candidate: Evidence, u: float) -> Check:
+    """Compare each parameter, as each rank holds it, by the L2 norm of its difference from the exact one."""
+    truth, own = exact.weights[0], reference.weights[0]
+    seen = {fqn for held in candidate.weights for fqn in held}
+    points = [Point(f"{fqn} is shown by no rank", np.inf, 0.0, 0.0) for fqn in sorted(truth.keys() - seen)]
+    points += [Point(f"{fqn} is not in the reference", np.inf, 0.0, 0.0) for fqn in sorted(seen - truth.keys())]
+    for rank, held in enumerate(candidate.weights):
+        for fqn in sorted(held.keys() & truth.keys()):
+            rounding = distance(own[fqn], truth[fqn])
+            limit = MARGIN * max(rounding, u * float(np.linalg.norm(truth[fqn])))
+            points.append(Point(f"{fqn}, rank {rank}", distance(held[fqn], truth[fqn]), rounding, limit))
+    return worst("weights", points)
+
+
+def distance(left: np.ndarray, right: np.ndarray) -> float:
+    """L2 norm of the difference, taken in float64."""
+    return float(np.linalg.norm(left.astype(np.float64) - right.astype(np.float64)))
+
+
+def compare(exact: Evidence, reference: Evidence, candidate: Evidence, *, master: str) -> list[Check]:
+    """All checks of a candidate; `master` is the format of the weights' master copy, in which losses are taken too."""
+    u = UNIT_ROUNDOFF[master]
+    steps = range(min(len(side.losses) for side in (exact, reference, candidate)))
+    checks = [
+        compare_samples(reference, candidate),
+        compare_series("loss", exact.losses, reference.losses, [[candidate.losses[step]] for step in steps], u),
+        compare_series(
+            "gradient norm",
+            [values[0] for values in exact.gradient_norms],
+            [values[0] for values in reference.gradient_norms],
+            candidate.gradient_norms,
+            u,
+        ),
+        compare_weights(exact, reference, candidate, u),
+    ]
+    if exact.val_losses:
+        checks.append(
+            compare_series("validation loss", exact.val_losses[:1], reference.val_losses[:1], [candidate.val_losses], u)
+        )
+    return checks
+
+
+def tolerance_text(master: str) -> str:
+    return (
+        f"A difference from the exact run (one process, float64) is allowed up to {MARGIN:g} times the reference's own "
+        f"(one process, same precision), or {MARGIN:g} times {master}'s unit roundoff ({UNIT_ROUNDOFF[master]:.2g}) "
+        f"relative to the value, whichever is more. Scalars take the reference's largest relative difference over all "
+        f"steps; weights are compared parameter by parameter in L2 norm. Samples must be the same, step by step."
+    )

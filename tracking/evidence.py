@@ -1,0 +1,123 @@
+"""What a run shows of its computation so that two runs can be compared: samples, losses, gradient norms, weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+
+class ShowsState(Protocol):
+    """What the recorder asks of an engine (strategies.spec.Evidence, without importing it)."""
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]: ...
+    def gradient_norm(self) -> Tensor: ...
+    def weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@dataclass
+class StepEvidence:
+    """One optimizer step as one rank saw it."""
+
+    samples: list[str] = field(default_factory=list)  # digest of each sample, in the order of its micro-batches
+    losses: list[float] = field(default_factory=list)  # of each micro-batch, mean over its samples
+    gradient_norm: float = 0.0  # L2 over the whole model, before clipping
+
+
+def sample_digests(batch: Any) -> list[str]:
+    """A digest of each sample's content, over all tensors of the batch; says which samples were really used."""
+    leaves = [leaf.detach().cpu() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    # Rounded to float32: in a float64 run Lightning casts inputs, and the samples are still the same ones.
+    rows = [leaf.float() if leaf.is_floating_point() else leaf for leaf in leaves]
+    return [
+        blake2b(b"".join(leaf[index].numpy().tobytes() for leaf in rows), digest_size=8).hexdigest()
+        for index in range(len(rows[0]))
+    ]
+
+
+class EvidenceRecorder(pl.Callback):
+    """Writes evidence/<rank>.json and evidence/<rank>.npz into the run folder, on every rank."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "evidence"
+        self.steps: list[StepEvidence] = [StepEvidence()]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.steps[-1].samples += sample_digests(batch)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self.steps[-1].gradient_norm = float(cast(ShowsState, trainer.strategy).gradient_norm())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        assert isinstance(loss, Tensor)
+        # Lightning hands out the loss divided by the accumulation.
+        self.steps[-1].losses.append(float(loss) * trainer.accumulate_grad_batches)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.steps.append(StepEvidence())
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        strategy = cast(ShowsState, trainer.strategy)
+        val_loss = trainer.callback_metrics.get("val/loss")
+        report = {
+            "rank": trainer.global_rank,
+            "data_rank": strategy.distributed_sampler_kwargs["rank"],
+            "steps": [vars(step) for step in self.steps if step.losses],
+            "val_loss": None if val_loss is None else float(val_loss),
+        }
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(report))
+        weights = {fqn: wide(weight) for fqn, weight in strategy.weights()}
+        np.savez(self.folder / f"{trainer.global_rank}.npz", **weights)  # type: ignore[arg-type]  # names are ours
+
+
+def wide(weight: Tensor) -> np.ndarray:
+    """A weight as numpy: bfloat16 and float16, which lose nothing by it, as float32."""
+    return (weight if weight.dtype == torch.float64 else weight.float()).numpy()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The evidence of all ranks of one run."""
+
+    samples: list[list[str]]  # per step: digests of all samples, sorted
+    losses: list[float]  # per step: mean over micro-batches and data ranks
+    gradient_norms: list[list[float]]  # per step: what each rank measured
+    val_losses: list[float]  # what each rank measured
+    weights: list[dict[str, np.ndarray]]  # per rank: every parameter it showed
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Evidence:
+        """Read the evidence of a finished run; ValueError if the folder has none."""
+        paths = sorted((run_dir / "evidence").glob("*.json"), key=lambda path: int(path.stem))
+        if not paths:
+            raise ValueError(f"{run_dir} holds no evidence; run it with evidence=true.")
+        ranks = [json.loads(path.read_text()) for path in paths]
+        # Ranks that share a data rank (tensor, pipe) see the same samples: one of them speaks for all.
+        speakers = list({rank["data_rank"]: rank for rank in reversed(ranks)}.values())
+        num_steps = min(len(rank["steps"]) for rank in ranks)
+        return cls(
+            samples=[sorted(s for rank in speakers for s in rank["steps"][i]["samples"]) for i in range(num_steps)],
+            losses=[float(np.mean([rank["steps"][i]["losses"] for rank in speakers])) for i in range(num_steps)],
+            gradient_norms=[[rank["steps"][i]["gradient_norm"] for rank in ranks] for i in range(num_steps)],
+            val_losses=[rank["val_loss"] for rank in ranks if rank["val_loss"] is not None],
+            weights=[dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) for path in paths],
+        )

@@ -1,0 +1,56 @@
+"""status.json: what became of a run, written by its dispatcher and readable at any time."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+State = Literal["running", "completed", "failed", "refused", "interrupted", "lost"]
+
+
+class RunStatus(BaseModel):
+    """State of one run; `lost` is a run whose dispatcher vanished without a last word."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    strategy: str | None
+    state: State
+    error: str | None = None
+    exit_code: int | None = None
+    started: float  # seconds since the epoch
+    wall_s: float | None = None
+    dispatcher_pid: int | None = None
+
+    def write(self, run_dir: Path) -> None:
+        path = run_dir / "status.json"
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_text(self.model_dump_json(indent=2))
+        aside.replace(path)
+
+
+def read_status(run_dir: Path) -> RunStatus | None:
+    """The run's status, with `running` turned to `lost` when nobody runs it any more; None where no run was."""
+    path = run_dir / "status.json"
+    if not path.exists():
+        return None
+    status = RunStatus.model_validate(json.loads(path.read_text()))
+    if status.state == "running" and not (status.dispatcher_pid and psutil.pid_exists(status.dispatcher_pid)):
+        return status.model_copy(update={"state": "lost", "error": "its dispatcher ended without a last word"})
+    return status
+
+
+def running(name: str, strategy: str | None) -> RunStatus:
+    """A run that this process has just begun to dispatch."""
+    return RunStatus(name=name, strategy=strategy, state="running", started=time.time(), dispatcher_pid=os.getpid())
+
+
+def ended(status: RunStatus, state: State, *, error: str | None = None, exit_code: int = 0) -> RunStatus:
+    wall_s = round(time.time() - status.started, 3)
+    return status.model_copy(update={"state": state, "error": error, "exit_code": exit_code, "wall_s": wall_s})
