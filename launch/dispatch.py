@@ -126,6 +126,7 @@ def load_resolved(run_dir: Path) -> RunConfig:
 
 def run_agent(job: Job, status: RunStatus) -> RunStatus:
     """Start torchrun's agent for the job, wait for it, and name the cause if it failed."""
+    print(headline(job), flush=True)
     oom_kills_before = oom_kills()
     command = [sys.executable, "-m", "launch.agent", str(job.run_dir), str(job.world_size)]
     # A session of its own: Ctrl-C reaches the dispatcher alone, which ends the ranks in order.
@@ -141,6 +142,17 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
     else:
         error = failure.line(job.run_dir, job.world_size)
     return ended(status, "failed", error=error, exit_code=EXIT_FAILED)
+
+
+def headline(job: Job) -> str:
+    """One line that says what is about to run, and where."""
+    config = job.config
+    devices = "GPUs" if config.launcher.accelerator == "gpu" else "CPU processes"
+    untested = "; this recipe is untested" if config.status == "untested" else ""
+    return (
+        f"{config.name}: {config.choices.get('model')} on {job.world_size} {devices} "
+        f"({job.mesh.text}), {config.precision.name}, accumulation {job.accumulation}, in {job.run_dir}{untested}"
+    )
 
 
 def environment(config: RunConfig) -> dict[str, str]:

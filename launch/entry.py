@@ -18,6 +18,8 @@ from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatc
 from launch.schema import ConfigError
 from launch.sweep import SweepTable, finished, print_sweep, set_aside
 from tracking.record import RunRecord
+from tracking.report import print_runs
+from tracking.sources import read_run
 from tracking.status import RunStatus, running
 
 exit_codes: list[int] = []  # of the runs that this process dispatched
@@ -39,6 +41,10 @@ def run_job(config: DictConfig) -> float:
         status = run_config(config, hydra, run_dir)
     if status.error:
         print(f"{run_dir.name + ': ' if hydra.mode == RunMode.MULTIRUN else ''}{status.error}", file=sys.stderr)
+    if status.state == "completed" and hydra.mode != RunMode.MULTIRUN:
+        print_runs([read_run(run_dir)])
+    if status.state == "completed" and config.expect is not None:
+        print("the recipe expects " + ", ".join(f"{key} {value}" for key, value in config.expect.items()))
     exit_codes.append(status.exit_code or 0)
     return objective(run_dir) if status.state == "completed" else math.nan
 

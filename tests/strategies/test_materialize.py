@@ -53,15 +53,15 @@ def test_shared_parameter_stays_one_with_its_first_owners_values() -> None:
     net = made(1)
     assert net.first.weight is net.second.weight
     with torch.device("meta"):
-        alone = nn.ModuleDict({"first": nn.Linear(4, 4)})
-    materialize(alone, CPU, 1)
-    assert torch.equal(net.first.weight, alone["first"].weight)
+        alone = nn.Linear(4, 4)
+    materialize(nn.ModuleDict({"first": alone}), CPU, 1)
+    assert torch.equal(net.first.weight, alone.weight)
 
 
 def test_buffers_get_their_first_values() -> None:
-    norm = made(1).norm
-    assert torch.equal(norm.running_var, torch.ones(4))
-    assert int(norm.num_batches_tracked) == 0
+    buffers = dict(made(1).norm.named_buffers())
+    assert torch.equal(buffers["running_var"], torch.ones(4))
+    assert int(buffers["num_batches_tracked"]) == 0
 
 
 def test_wider_format_holds_the_same_values() -> None:

@@ -34,7 +34,8 @@ def test_precision_bears_its_files_name_and_lightning_knows_it(path: Path) -> No
 
 @pytest.mark.parametrize("path", [*CONF.glob("*/*.yaml"), CONF / "config.yaml"], ids=lambda path: path.name)
 def test_first_line_says_what_choosing_it_does(path: Path) -> None:
-    first = path.read_text().splitlines()[0]
+    # Hydra wants a recipe's `# @package` before anything else.
+    first = next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))
     assert first.startswith("# ")
     assert len(first.split()) > 4
 

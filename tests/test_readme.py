@@ -1,0 +1,101 @@
+"""The README tells the truth: its commands run, its links lead somewhere, its tree is the tree."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.command import REPOSITORY, user_environment
+
+README = (REPOSITORY / "README.md").read_text()
+
+# What makes a documented run short; the rest of the command is as it stands.
+SHORT_RUN = ["trainer.max_steps=2", "trainer.val_every_steps=null", "data.max_val_samples=8", "logger.mode=offline"]
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language; "" for those of none."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python ")]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with the files that the README tells its reader to add."""
+    clone = tmp_path_factory.mktemp("clone") / "concord"
+    skip = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+    shutil.copytree(REPOSITORY, clone, symlinks=True, ignore=skip)
+    for block in [*blocks("python"), *blocks("yaml")]:
+        name = re.match(r"# ((?:models|conf)/[\w/]+\.\w+)", block)
+        assert name, block
+        (clone / name[1]).write_text(block)
+    (clone / "books").mkdir()
+    (clone / "books/one.txt").write_text("It was the best of times, it was the worst of times. " * 4000)
+    return clone
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run(clone: Path) -> None:
+    assert len(commands()) >= 8
+    for command in commands():
+        words = shlex.split(command)
+        if "resume_sweep=" in command:
+            sweep = next((clone / "runs").glob("*/*-sweep"))
+            words = [*words[:-1], f"resume_sweep={sweep}"]
+        else:
+            words += SHORT_RUN if "train.py" in words[1] else ["trainer.max_steps=2"]
+        if "data.tokenizer=bpe" in command:
+            words += ["data.vocab_size=300"]  # the test's book is a short one
+        run = subprocess.run(
+            [sys.executable, *words[1:]], cwd=clone, env=user_environment(), capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+
+
+def test_refusal_shown_in_the_readme_is_what_is_printed(tmp_path: Path) -> None:
+    (shown,) = blocks("console")
+    command, expected = shown.strip().splitlines()
+    words = shlex.split(command.removeprefix("$ "))
+    run = subprocess.run(
+        [sys.executable, str(REPOSITORY / words[1]), *words[2:], "launcher.accelerator=cpu"],
+        cwd=tmp_path, env=user_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.stderr.strip() == expected
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_to_files(document: str) -> None:
+    text = (REPOSITORY / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_tree_names_every_folder_and_nothing_else() -> None:
+    (tree,) = blocks("")
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    top = {path.split("/")[0] for path in tracked.splitlines()}
+    folders = {name for name in top if (REPOSITORY / name).is_dir() and not name.startswith(".")}
+    assert folders | {"train.py"} == named
+
+
+def test_strategy_table_names_every_preset() -> None:
+    presets = {path.stem for path in (REPOSITORY / "conf/strategy").glob("[!_]*.yaml")}
+    table = README.split("## Strategies")[1].split("##")[0]
+    assert presets == set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
+
+
+def test_makefile_targets_are_listed_by_help() -> None:
+    listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
+    assert [target for target in targets if f"make {target}" not in listed] == []
