@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -75,9 +76,7 @@ class Verifier:
 
     def reference(self, overrides: list[str]) -> tuple[Finished, Finished]:
         """The exact and the reference run for a candidate's overrides, made once."""
-        shared = tuple(
-            word for word in overrides if key(word) not in ("strategy",) and not key(word).startswith("strategy.")
-        )
+        shared = tuple(word for word in overrides if not key(word).startswith(("strategy", "launcher.devices")))
         if shared not in self.references:
             number = f"{len(self.references)}-" if self.references else ""
             exact = self.run([*without(shared, "precision"), "strategy=single", "precision=fp64"], f"{number}exact")
@@ -122,7 +121,8 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
         f"{certificate.strategy} x {certificate.world_size} {certificate.verdict} with one process: "
         f"{certificate.model} on {certificate.data}, {certificate.precision}, {certificate.steps} optimizer steps"
     )
-    table = Table("compared", "values", "worst at", "difference", "one process's own", "limit", "", title=title)
+    columns = ("compared", "values", "worst at", "difference", "one process's own", "limit", "")
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for check in certificate.checks:
         figures = [f"{figure:.2e}" for figure in (check.difference, check.rounding, check.limit)]
         verdict = "ok" if check.passed else "DISAGREES"

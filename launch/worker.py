@@ -18,6 +18,7 @@ import copy
 import faulthandler
 import logging
 import os
+import secrets
 import sys
 import traceback
 import warnings
@@ -50,7 +51,7 @@ from tracking.evidence import EvidenceRecorder
 from tracking.meter import Meter, measure_peak_flops
 from tracking.progress import Progress
 from tracking.record import RunRecord, environment
-from tracking.wandb_logger import finish_wandb, start_wandb
+from tracking.wandb_logger import finish_wandb, log_record, start_wandb
 
 
 class ValidateAtEnd(Callback):
@@ -92,7 +93,7 @@ def model_stats(model: LightningModule, data: Data) -> ModelStats | None:
     return measure(shadow.to("meta"), sample)
 
 
-def loggers(job: Job, rank: int) -> list[Logger]:
+def loggers(job: Job, rank: int, run_id: str) -> list[Logger]:
     """metrics.csv on rank 0, and W&B unless it is disabled."""
     if rank:
         return []
@@ -104,6 +105,8 @@ def loggers(job: Job, rank: int) -> list[Logger]:
         job_type=config.strategy["name"],
         name=config.name,
         run_config=config.model_dump(),
+        run_id=run_id,
+        tokens_per_step=job.data.global_batch_size * job.data.tokens_per_sample,
     )
     return [csv] if wandb is None else [csv, wandb]
 
@@ -158,7 +161,8 @@ def train(
     seed_everything(config.seed, workers=True, verbose=False)
     model = build_model(config)
     stats = model_stats(model, job.data)
-    sinks = loggers(job, rank)
+    run_id = secrets.token_hex(4)
+    sinks = loggers(job, rank, run_id)
     completed = False
     try:
         engine = build_engine(job)
@@ -173,9 +177,10 @@ def train(
             own.append(EvidenceRecorder(job.run_dir))
         trainer = build_trainer(job, engine, [*callbacks, *own], sinks)
         trainer.fit(model, datamodule=job.data.build())
-        result = record_of(job, meter, stats)
+        result = record_of(job, run_id, meter, stats)
         if rank == 0:
             result.write(job.run_dir / "record.json")
+            log_record(sinks, result)
         completed = True
     finally:
         if rank == 0:
@@ -197,11 +202,11 @@ def build_meter(job: Job, engine: Strategy, stats: ModelStats | None) -> Meter:
     )
 
 
-def record_of(job: Job, meter: Meter, stats: ModelStats | None) -> RunRecord:
+def record_of(job: Job, run_id: str, meter: Meter, stats: ModelStats | None) -> RunRecord:
     config = job.config
     on_gpu = config.launcher.accelerator == "gpu"
     return RunRecord(
-        run_id=job.run_dir.name,
+        run_id=run_id,
         name=config.name,
         group=config.logger.group,
         strategy=config.strategy["name"],
