@@ -116,7 +116,9 @@ class _Bar:
 
     def __init__(self, terminal: TextIO, log: TextIO | None, *, done: int, total: int) -> None:
         self._out, self._err = sys.stdout, sys.stderr
-        self._console = Console(file=terminal, force_terminal=True)
+        # rich would ask stdin, stdout and stderr for the width, and those may all be files here.
+        width = os.get_terminal_size(terminal.fileno()).columns or None
+        self._console = Console(file=terminal, force_terminal=True, width=width)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"))
         self._progress = RichProgress(
             *columns, console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False

@@ -1,10 +1,10 @@
 """RunRecords from where runs leave them: a run folder, or the folder of a sweep."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tracking.record import RunRecord
+from tracking.status import read_status
 
 RUN_FILES = ("record.json", "status.json", "resolved.yaml")  # any of them makes a folder a run folder
 
@@ -21,20 +21,19 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`; a record that cannot be read makes it a failed run, with the reason as its error."""
-    status = _read_status(folder / "status.json")
-    if (folder / "record.json").exists():
-        try:
-            record = RunRecord.read(folder / "record.json")
-        except ValueError as error:
-            return Run(name=folder.name, strategy=None, state="failed", error=str(error))
-        # A record is written before the run has ended: a run that then failed has both.
-        state, error_text = status.get("state") or "completed", status.get("error")
-        return Run(name=record.name, strategy=record.strategy, state=state, error=error_text, record=record)
-    name = status.get("name") or folder.name
-    return Run(
-        name=name, strategy=status.get("strategy"), state=status.get("state") or "lost", error=status.get("error")
-    )
+    """The run in `folder`; a file of it that cannot be read makes it a failed run, with the reason as its error."""
+    path = folder / "record.json"
+    try:
+        record = RunRecord.read(path) if path.exists() else None
+        status = read_status(folder)
+    except ValueError as error:
+        return Run(name=folder.name, strategy=None, state="failed", error=str(error).splitlines()[0])
+    if status is not None:
+        name, strategy, state, error_text = status.name, status.strategy, status.state, status.error
+        return Run(name=name, strategy=strategy, state=state, error=error_text, record=record)
+    if record is not None:
+        return Run(name=record.name, strategy=record.strategy, state="completed", record=record)
+    return Run(name=folder.name, strategy=None, state="lost", error="it has no status.json")
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -58,13 +57,3 @@ def _job_number(folder: Path) -> tuple[bool, int, str]:
     """Numbered jobs first and by number: 2 before 10."""
     is_number = folder.name.isdecimal()
     return not is_number, int(folder.name) if is_number else 0, folder.name
-
-
-def _read_status(path: Path) -> dict[str, str | None]:
-    if not path.exists():
-        return {}
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return {"state": "failed", "error": f"{path} is damaged: {error}"}
-    return {key: status.get(key) for key in ("name", "strategy", "state", "error")}

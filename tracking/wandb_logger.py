@@ -151,7 +151,7 @@ def finish_wandb(loggers: Iterable[Logger], *, ok: bool) -> None:
         try:
             _within(run.settings.finish_timeout + GRACE_S, partial(run.finish, exit_code=0 if ok else 1))
         except TROUBLE as error:
-            _say(f"the server was lost ({_reason(error)}), not all data are uploaded; later, do: {sync_command(run)}")
+            _say(f"the run is not all uploaded ({_reason(error)}); the data are on disk, do later: {sync_command(run)}")
         _close_service()
 
 
@@ -194,7 +194,7 @@ def _online(keys: dict[str, Any]) -> wandb.Run:
     for folder in set(Path(keys["dir"]).glob("wandb/run-*")) - before:
         shutil.rmtree(folder)
     run = wandb.init(mode="offline", **keys)
-    _say(f"{host} cannot be used ({reason}); the run goes on offline, later do: {sync_command(run)}")
+    _say(f"{host} cannot be used ({reason}); the run goes on offline, do later: {sync_command(run)}")
     return run
 
 

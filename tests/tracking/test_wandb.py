@@ -1,0 +1,288 @@
+"""The real W&B client against no server, a dead one, a mute one and one that dies; read back with W&B's own tool."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.tracking.examples import record
+from tracking.wandb_config import WandbConfig
+from tracking.wandb_logger import choose_mode, has_api_key
+
+ROOT = Path(__file__).parents[2]
+KEY = "0123456789abcdef" * 2 + "01234567"  # 40 characters, as W&B's keys have
+WANDB = Path(sys.executable).with_name("wandb")
+
+
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    return clean | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | variables
+
+
+def train(folder: Path, mode: str = "auto", accident: str = "none", **variables: str) -> subprocess.CompletedProcess:
+    """Run the program, in a git repository whose remote holds a secret, and see that it leaves no process."""
+    for name in ("home", "run", "repository"):
+        (folder / name).mkdir(exist_ok=True)
+    git = ["git", "-C", str(folder / "repository")]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "remote", "add", "origin", "https://me:SECRET-git@example.com/x.git"], check=True)
+    program = [
+        sys.executable,
+        "-m",
+        "tests.tracking.wandb_program",
+        str(folder / "run"),
+        mode,
+        accident,
+        "k=SECRET-arg",
+    ]
+    done = subprocess.run(
+        program,
+        env=environment(folder / "home", **variables),
+        cwd=folder / "repository",
+        capture_output=True,
+        text=True,
+        timeout=80,
+    )
+    assert done.returncode == 0, done.stderr
+    assert left_over(folder / "home") == []
+    return done
+
+
+def left_over(home: Path) -> list[str]:
+    """Command lines of the living processes that were started under this test's HOME."""
+    time.sleep(0.2)
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("HOME") == str(home):
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def seconds(done: subprocess.CompletedProcess, what: str) -> float:
+    return float(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith(what)))
+
+
+def told(done: subprocess.CompletedProcess) -> list[str]:
+    """Lines on stderr, all of which must be ours."""
+    return done.stderr.splitlines()
+
+
+def inspect(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(summary, records) of the only run in `folder`, as W&B's own reader tells them."""
+    (file,) = (folder / "run" / "wandb").glob("*run-*/*.wandb")
+
+    def leet(*words: str) -> str:
+        command = [str(WANDB), "leet", "inspect", *words, "--json", str(file)]
+        env = environment(folder / "home")
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    return json.loads(leet("--summary")), [json.loads(line) for line in leet().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("offline")
+    return folder, train(folder)
+
+
+Offline = tuple[Path, subprocess.CompletedProcess]
+
+
+def test_without_a_key_the_run_is_offline_and_says_nothing(offline: Offline) -> None:
+    folder, done = offline
+    assert told(done) == []
+    assert [path.name[:11] for path in (folder / "run" / "wandb").glob("*run-*")] == ["offline-run"]
+
+
+def test_group_job_type_name_tags_and_config_are_there(offline: Offline) -> None:
+    summary, records = inspect(offline[0])
+    run = next(record["run"] for record in records if record["type"] == "run")
+    assert (run["project"], run["run_group"], run["job_type"]) == ("concord", "sweep-7", "ddp")
+    assert (run["display_name"], run["tags"]) == ("first", ["from-config", "from-caller"])
+    assert summary["config"] == {
+        "seed": 1,
+        "data": {"tokenizer": "bytes", "hf_token": "***", "tokens_per_sample": 64},
+        "mirror": "https://***@example.com/data?token=***",
+        "width": 8,
+        "password": "***",
+    }
+    assert (summary["state"], summary["exit_code"]) == ("finished", 0)
+
+
+def test_every_row_has_its_step_and_tokens(offline: Offline) -> None:
+    _, records = inspect(offline[0])
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    rows = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+    assert rows == [
+        {"train/loss": 3.5, "perf/tokens_per_s": 1000, "step": 1, "tokens": 1024},
+        {"val/loss": 2, "step": 1, "tokens": 1024},
+        {"train/loss": 1.25, "step": 2, "tokens": 2048},
+        {"val/loss": 2.5, "step": 2, "tokens": 2048},
+    ]
+    metrics = {record["metric"].get("name", "*"): record["metric"] for record in records if record["type"] == "metric"}
+    assert metrics["*"]["step_metric"] == metrics["val/loss"]["step_metric"] == "step"
+
+
+def test_the_summary_is_the_record_and_the_least_validation_loss(offline: Offline) -> None:
+    summary = inspect(offline[0])[0]["summary"]
+    results = {key.removeprefix("record/"): value for key, value in summary.items() if key.startswith("record/")}
+    assert results == record().results.model_dump(mode="json")
+    assert summary["val/loss"] == {"min": 2}
+    assert summary["train/loss"] == 1.25
+
+
+def test_no_secret_is_in_any_byte_of_the_run(offline: Offline) -> None:
+    files = [path for path in (offline[0] / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        assert b"SECRET" not in path.read_bytes(), path
+
+
+def test_a_failed_run_is_marked_as_failed(tmp_path: Path) -> None:
+    train(tmp_path, accident="run fails")
+    assert inspect(tmp_path)[0]["exit_code"] == 1
+
+
+def test_a_disabled_run_leaves_nothing(tmp_path: Path) -> None:
+    done = train(tmp_path, mode="disabled")
+    assert told(done) == [] and list((tmp_path / "run").iterdir()) == []
+
+
+def check_fallback(folder: Path, done: subprocess.CompletedProcess, host: str, reason: str) -> None:
+    (line,) = told(done)
+    assert line.startswith(f"W&B: {host} cannot be used (") and reason in line
+    assert "goes on offline" in line and KEY not in line
+    assert seconds(done, "start") < 30
+    (run,) = (folder / "run" / "wandb").glob("*run-*")
+    assert line.endswith(f"wandb sync {run}")
+    assert inspect(folder)[0]["summary"]["train/loss"] == 1.25
+    assert not any(KEY.encode() in path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+def test_a_host_that_refuses_costs_one_line_and_the_run_goes_on_offline(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        host = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    done = train(tmp_path, WANDB_BASE_URL=host, WANDB_API_KEY=KEY)
+    check_fallback(tmp_path, done, host, "connection refused")
+
+
+@pytest.mark.slow
+def test_a_host_that_never_answers_costs_one_line_and_the_run_goes_on_offline(tmp_path: Path) -> None:
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(50)
+        host = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        done = train(tmp_path, WANDB_BASE_URL=host, WANDB_API_KEY=KEY)
+    check_fallback(tmp_path, done, host, "Timed out")
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"), [({"WANDB_API_KEY": "short"}, "API key must have 40+ characters"), ({}, "no API key")]
+)
+def test_a_key_that_is_wrong_or_missing_costs_one_line(tmp_path: Path, variables: dict[str, str], reason: str) -> None:
+    host = "http://127.0.0.1:9"
+    done = train(tmp_path, mode="online", WANDB_BASE_URL=host, **variables)
+    check_fallback(tmp_path, done, host, reason)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A living server, as the variables that lead a client to it; `uploads()` reads what it got."""
+    yield from serve(tmp_path / "uploads")
+
+
+def serve(uploads: Path) -> Iterator[dict[str, str]]:
+    command = [sys.executable, str(Path(__file__).with_name("wandb_server.py")), str(uploads)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        host = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        yield {"WANDB_BASE_URL": host, "WANDB_API_KEY": KEY, "SERVER_PID": str(process.pid)}
+        process.kill()
+
+
+def test_with_a_key_and_a_server_the_run_is_online(tmp_path: Path, server: dict[str, str]) -> None:
+    done = train(tmp_path, **server)
+    (line,) = told(done)
+    assert line.startswith(f"W&B: {server['WANDB_BASE_URL']}/team/concord/runs/")
+    uploads = (tmp_path / "uploads").read_text()
+    assert "train/loss" in uploads and "record/val_loss" in uploads and "sweep-7" in uploads
+    assert "SECRET" not in uploads
+
+
+@pytest.mark.slow
+def test_a_server_lost_on_the_way_neither_fails_nor_holds_the_run_and_it_can_be_synced_later(
+    tmp_path: Path, server: dict[str, str]
+) -> None:
+    done = train(tmp_path, accident="server dies", **server)
+    address, line = told(done)[0], told(done)[-1]
+    assert address.startswith("W&B: http")
+    assert seconds(done, "finish") < 3 + 5
+    assert line.startswith("W&B: the run is not all uploaded (")
+    assert inspect(tmp_path)[0]["summary"]["record/val_loss"] == 2.5  # all of it is on disk
+    command = shlex.split(line.partition("do later: ")[2])
+    assert command[:3] == ["wandb", "sync", "--include-online"]
+    for variables in serve(tmp_path / "later"):
+        env = environment(tmp_path / "home", **variables)
+        subprocess.run([str(WANDB), *command[1:]], env=env, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert "record/val_loss" in (tmp_path / "later").read_text()
+
+
+@pytest.mark.parametrize(
+    ("accident", "bound_s"), [("service dies", 5.0), pytest.param("service hangs", 16.0, marks=pytest.mark.slow)]
+)
+def test_the_loss_of_wandb_s_own_service_neither_fails_nor_holds_the_run(
+    tmp_path: Path, accident: str, bound_s: float
+) -> None:
+    done = train(tmp_path, accident=accident)
+    assert seconds(done, "finish") < bound_s
+    assert "W&B: the run is not all uploaded (" in told(done)[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for key in list(os.environ):
+        if key.startswith("WANDB"):
+            monkeypatch.delenv(key)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return monkeypatch
+
+
+def test_auto_follows_wandb_mode_and_a_choice_in_the_config_goes_first(isolated: pytest.MonkeyPatch) -> None:
+    assert choose_mode(WandbConfig()) == "offline"
+    for value, mode in {"online": "online", "dryrun": "offline", "disabled": "disabled"}.items():
+        isolated.setenv("WANDB_MODE", value)
+        assert choose_mode(WandbConfig()) == mode
+        assert choose_mode(WandbConfig(mode="offline")) == "offline"
+    isolated.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(ValueError, match="WANDB_MODE=sometimes is no mode of W&B; set it to one of online, run, "):
+        choose_mode(WandbConfig())
+
+
+def test_a_key_is_found_in_the_environment_and_in_netrc_of_the_configured_host(
+    isolated: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not has_api_key()
+    (tmp_path / "netrc").write_text(f"machine wandb.example.com\n  login user\n  password {KEY}\n")
+    assert not has_api_key()
+    code = "from tracking.wandb_logger import has_api_key; print(has_api_key())"
+    env = environment(tmp_path, WANDB_BASE_URL="https://wandb.example.com", NETRC=str(tmp_path / "netrc"))
+    answer = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "True"
+    isolated.setenv("WANDB_API_KEY", KEY)
+    assert has_api_key()
