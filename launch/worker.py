@@ -38,13 +38,13 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import Strategy
 
 from datamodules.loading import BatchDataset
-from datamodules.spec import Data, SampledData
+from datamodules.spec import SampledData
 from launch.dispatch import EXIT_FAILED, load_resolved
 from launch.failure import record_error
 from launch.job import Job
 from launch.output import log_path, own_output
 from launch.schema import ConfigError, RunConfig
-from models.stats import ModelStats, measure
+from models.stats import measure
 from strategies.spec import Evidence
 from tracking import record
 from tracking.evidence import EvidenceRecorder
@@ -83,14 +83,23 @@ def build_model(config: RunConfig) -> LightningModule:
     return model
 
 
-def model_stats(model: LightningModule, data: Data) -> ModelStats | None:
-    """Parameters and FLOPs of the model, on the meta device; None where the data give no sample to measure with."""
-    if not isinstance(data, SampledData):
-        return None
-    sample = BatchDataset(data.train_samples())[np.zeros(1, dtype=np.int64)]
+def size_of(model: LightningModule, job: Job) -> record.Stats:
+    """Parameters, and FLOPs of a training step, of the model as it is on the meta device.
+
+    FLOPs are None where they cannot be counted (no sample to count with, a step that needs values) or are of no use (a
+    run that is made to be compared, not timed).
+    """
     shadow = copy.deepcopy(model)
     shadow.configure_model()
-    return measure(shadow.to("meta"), sample)
+    shadow.to("meta")
+    flops = None
+    if isinstance(job.data, SampledData) and not job.config.evidence:
+        sample = BatchDataset(job.data.train_samples())[np.zeros(1, dtype=np.int64)]
+        try:
+            flops = measure(shadow, sample).flops_per_sample
+        except RuntimeError as error:  # what torch raises for an operation that the meta device cannot do
+            print(f"FLOPs and MFU are not measured: {str(error).splitlines()[0]}")
+    return record.Stats(parameters=sum(parameter.numel() for parameter in shadow.parameters()), flops_per_sample=flops)
 
 
 def loggers(job: Job, rank: int, run_id: str) -> list[Logger]:
@@ -149,8 +158,8 @@ def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: 
 
 def train(
     job: Job, *, terminal: TextIO | None = None, log: TextIO | None = None, callbacks: Sequence[Callback] = ()
-) -> RunRecord:
-    """Train one rank to the end; rank 0 writes the record that every rank returns.
+) -> None:
+    """Train one rank to the end; rank 0 writes the run's record.
 
     `callbacks` come before Concord's own, so that those see what they do. With a `terminal` there is a live bar, and
     what is printed meanwhile goes above it and into `log`.
@@ -160,49 +169,44 @@ def train(
     torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not TF32
     seed_everything(config.seed, workers=True, verbose=False)
     model = build_model(config)
-    stats = model_stats(model, job.data)
+    stats = size_of(model, job) if rank == 0 else None  # no other rank logs or records it
     run_id = secrets.token_hex(4)
     sinks = loggers(job, rank, run_id)
     completed = False
     try:
         engine = build_engine(job)
         meter = build_meter(job, engine, stats)
-        own: list[Callback] = [
-            LeaveWord(job.run_dir, rank),
-            ValidateAtEnd(),
-            meter,
-            Progress(meter, terminal=terminal, log=log),
-        ]
+        progress = Progress(meter, terminal=terminal, log=log)
+        own: list[Callback] = [LeaveWord(job.run_dir, rank), ValidateAtEnd(), meter, progress]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
-        trainer = build_trainer(job, engine, [*callbacks, *own], sinks)
-        trainer.fit(model, datamodule=job.data.build())
-        result = record_of(job, run_id, meter, stats)
-        if rank == 0:
+        build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
+        if stats is not None:
+            result = record_of(job, run_id, meter, stats)
             result.write(job.run_dir / "record.json")
             log_record(sinks, result)
         completed = True
     finally:
-        if rank == 0:
-            finish_wandb(sinks, ok=completed)
-    return result
+        finish_wandb(sinks, ok=completed)
 
 
-def build_meter(job: Job, engine: Strategy, stats: ModelStats | None) -> Meter:
-    on_gpu = job.config.launcher.accelerator == "gpu"
+def build_meter(job: Job, engine: Strategy, stats: record.Stats | None) -> Meter:
+    config = job.config
+    on_gpu = config.launcher.accelerator == "gpu"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    timed = not config.evidence
     return Meter(
         samples_per_step=job.data.global_batch_size,
         tokens_per_sample=job.data.tokens_per_sample,
         flops_per_sample=stats.flops_per_sample if stats else None,
-        peak_flops=measure_peak_flops(getattr(torch, job.config.precision.compute), device),
-        log_every_steps=job.config.trainer.log_every_steps,
+        peak_flops=measure_peak_flops(getattr(torch, config.precision.compute), device) if timed else None,
+        log_every_steps=config.trainer.log_every_steps,
         started_at=STARTED,
         offers=lambda: {"optim/grad_norm": cast(Evidence, engine).gradient_norm()},
     )
 
 
-def record_of(job: Job, run_id: str, meter: Meter, stats: ModelStats | None) -> RunRecord:
+def record_of(job: Job, run_id: str, meter: Meter, stats: record.Stats) -> RunRecord:
     config = job.config
     on_gpu = config.launcher.accelerator == "gpu"
     return RunRecord(
@@ -222,10 +226,7 @@ def record_of(job: Job, run_id: str, meter: Meter, stats: ModelStats | None) -> 
         world_size=job.world_size,
         mesh=record.Mesh(**job.mesh.sizes),
         precision=record.Precision(**vars(config.precision)),
-        model_stats=record.Stats(
-            parameters=stats.parameters if stats else 0,
-            flops_per_sample=stats.flops_per_sample if stats else None,
-        ),
+        model_stats=stats,
         batch=record.Batch(
             global_=job.data.global_batch_size,
             micro=job.data.micro_batch_size,

@@ -31,3 +31,10 @@ class HoldsNoReset(LanguageModel):
 
         super().configure_model()
         self.lonely = torch.nn.Parameter(torch.empty(3, device="meta"))
+
+
+class DependsOnRank(LanguageModel):
+    """A model that one process cannot imitate: each rank weighs its loss by its number."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + self.global_rank)

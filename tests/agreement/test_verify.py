@@ -1,0 +1,52 @@
+"""`scripts/verify.py` as a user runs it: tables, certificates, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.command import REPOSITORY, TINY, user_environment
+from tracking.agreement import Certificate
+
+SHORT = [word for word in TINY if not word.startswith(("logger", "trainer"))] + ["trainer.max_steps=2"]
+
+
+def verify(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts/verify.py"), *arguments],
+        cwd=cwd, env=user_environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_each_candidate_gets_its_verdict(tmp_path: Path) -> None:
+    """Two world sizes share their references; the model that depends on its rank agrees with one process on one."""
+    model = "model._target_=tests.launch.failing.DependsOnRank"
+    run = verify(tmp_path, "-m", "strategy=ddp", "launcher.devices=1,2", *SHORT, model, "run_dir=proof")
+    assert run.returncode == 1, run.stderr
+    alone, together = (Certificate.read(tmp_path / f"proof/{job}-candidate/certificate.json") for job in (0, 1))
+    assert (alone.verdict, alone.world_size) == ("agrees", 1)
+    assert (together.verdict, together.world_size) == ("disagrees", 2)
+    assert {check.quantity for check in together.failed} >= {"loss", "gradient norm", "weights"}
+    assert "ddp x 1 agrees with one process" in run.stdout
+    assert "ddp x 2 disagrees with one process" in run.stdout
+    assert sorted(path.name for path in (tmp_path / "proof").iterdir()) == [
+        "0-candidate",
+        "1-candidate",
+        "exact",
+        "reference",
+    ]
+    assert alone.reference_config_hash == together.reference_config_hash
+    assert "float64" in alone.tolerance
+
+
+def test_mistake_gets_one_line(tmp_path: Path) -> None:
+    for arguments, word in (
+        (["strategy=ddpp"], "ddpp"),
+        (["strategy=ddp", "trainer.max_steps=0"], "trainer.max_steps"),
+    ):
+        run = verify(tmp_path, *arguments)
+        assert run.returncode == 2
+        assert len(run.stderr.strip().splitlines()) == 1, run.stderr
+        assert word in run.stderr
