@@ -17,10 +17,10 @@ demo: setup  ## Train a small GPT on the bundled text under every strategy, and 
 	@$(BIN)/python train.py -m recipe=demo 'strategy=glob(*,exclude=_*)'
 
 test: setup  ## Run the whole test-suite.
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup  ## Run the tests that take less than 10 s each.
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: setup  ## Check format, style, types and the direction of imports.
 	@$(BIN)/ruff format --check .

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.errors import HydraException
 
 from launch.compose import compose
-from launch.dispatch import EXIT_REFUSED, claim_folder, prepare
+from launch.dispatch import EXIT_REFUSED, claim_folder, prepare, refuse, status_of
+from launch.entry import one_line
 from launch.schema import ConfigError
-from tracking.status import ended, running
+from tracking.status import ended
+
+CLAIM_TIMEOUT_S = 60  # ranks start together; a shared file system may take seconds to show a new folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +77,44 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
         overrides = [*overrides, f"run_dir='runs/{launcher.name}-{launcher.job_id}'"]
     try:
         tree = compose(overrides)
-        run_dir = Path(str(tree["run_dir"])).resolve()
-        tree["run_dir"] = str(run_dir)
+    except (ConfigError, HydraException) as error:
+        return refused(error)
+    run_dir = Path(str(tree["run_dir"])).resolve()
+    status = status_of(tree)
+    try:
         if launcher.rank == 0:
             claim_folder(run_dir)
-        job = prepare(tree, launcher.world_size, write=launcher.rank == 0)
-    except (ConfigError, HydraException) as error:
-        print(error, file=sys.stderr)
-        return EXIT_REFUSED
+        else:
+            wait_for_claim(run_dir)
+    except ConfigError as error:
+        return refused(error)
+    try:
+        job = prepare({**tree, "run_dir": str(run_dir)}, launcher.world_size, write=launcher.rank == 0)
+    except ConfigError as error:
+        if launcher.rank == 0:
+            refuse(run_dir, status, error)
+        return refused(error)
     from launch.worker import run_rank
 
-    status = running(job.config.name, job.strategy.name)
+    if launcher.rank == 0:
+        status.write(run_dir)
     run_rank(job)  # a failure ends the process there, after leaving word in ranks/
     if launcher.rank == 0:
         ended(status, "completed").write(run_dir)
     return 0
+
+
+def refused(error: Exception) -> int:
+    print(one_line(error), file=sys.stderr)
+    return EXIT_REFUSED
+
+
+def wait_for_claim(run_dir: Path) -> None:
+    """Wait until the first rank has made the run folder its own; it says so by `ranks/`, which it alone makes."""
+    deadline = time.monotonic() + CLAIM_TIMEOUT_S
+    while not (run_dir / "ranks").is_dir():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run_dir={run_dir} did not appear in {CLAIM_TIMEOUT_S} s; give one that all ranks share."
+            )
+        time.sleep(0.1)
