@@ -3,15 +3,16 @@
 Run by the dispatcher as `python -m launch.agent <run folder> <number of ranks>`.
 """
 
+import os
 import sys
-import tempfile
 
-from launch.lifeline import die_with_parent
+from launch.lifeline import die_with_parent, parented
 
 die_with_parent()  # before the seconds that importing torch takes
 
 import json
 import logging
+import shutil
 import uuid
 from pathlib import Path
 
@@ -27,22 +28,26 @@ logging.disable(logging.CRITICAL)
 
 def run_ranks(run_dir: Path, num_ranks: int) -> dict[int, int]:
     """Run the workers to their end; exit codes by rank of those that failed first (empty: all went well)."""
-    with tempfile.TemporaryDirectory(prefix="concord-") as scratch:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_ranks,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",  # a free port of this machine: runs side by side never meet
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=scratch),
-        )
-        try:
-            elastic_launch(config, sys.executable)("-m", "launch.worker", str(run_dir))
-        except ChildFailedError as error:
-            return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    scratch = run_dir / "ranks" / ".agent"
+    scratch.mkdir()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",  # a free port of this machine: runs side by side never meet
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),
+    )
+    os.environ.update(parented({}))
+    try:
+        elastic_launch(config, sys.executable)("-m", "launch.worker", str(run_dir))
+    except ChildFailedError as error:
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return {}
 
 

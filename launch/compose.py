@@ -6,7 +6,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from datamodules.tokenizers import vocab_size
 from launch.schema import ConfigError
@@ -15,6 +15,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG_DIR = REPOSITORY / "conf"
 
 OmegaConf.register_new_resolver("vocab_size", vocab_size, replace=True)
+
+
+def quoted(value: object) -> str:
+    """A value as an override takes it, whatever characters it holds."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
 
 
 def tree_of(config: DictConfig, hydra: Any) -> dict[str, Any]:
@@ -29,11 +35,14 @@ def tree_of(config: DictConfig, hydra: Any) -> dict[str, Any]:
 
 
 def unresolved(error: OmegaConfBaseException, choices: dict[str, str | None]) -> str:
-    """One line for a key that could not be resolved: which key, and which choices do not fit each other."""
-    reason = str(error).splitlines()[0]
-    key = getattr(error, "full_key", None) or "config"
-    group = str(key).partition(".")[0]
-    return f"{key}: {reason}; {group}={choices.get(group)} does not go with data={choices.get('data')}, choose another."
+    """One line for a key that has no value: what to give, or which choices do not fit each other."""
+    reason, key = str(error).splitlines()[0], str(error.full_key or "config")
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value; give {key}=..."
+    group = key.partition(".")[0]
+    if isinstance(error, InterpolationKeyError) and group in choices:
+        return f"{key}: {reason}; {group}={choices[group]} does not go with data={choices['data']}, choose another."
+    return f"{key}: {reason}"
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from launch import preflight
 from launch.compose import REPOSITORY
 from launch.failure import first_failure, oom_kills
 from launch.job import Job, resolve
+from launch.lifeline import parented
 from launch.schema import ConfigError, RunConfig, validate
 from tracking.status import RunStatus, ended, read_status, running
 
@@ -37,39 +38,34 @@ EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
 
-def dispatch(tree: dict[str, Any]) -> RunStatus:
-    """Run the composed config `tree` to its end: check, write resolved.yaml, start the ranks, wait.
+def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]]) -> RunStatus:
+    """Run the config that `make_tree` composes to its end: check, write resolved.yaml, start the ranks, wait.
 
     Never raises for a mistake of the user's or a failure of the run: both are in the returned status, and but for
     a folder that belongs to another run, in the run folder's status.json. Lets KeyboardInterrupt through.
     """
-    run_dir = Path(str(tree["run_dir"])).resolve()
-    status = status_of(tree)
+    status = running(name, name)
     try:
         claim_folder(run_dir)
     except ConfigError as error:
         return ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
     try:
-        job = prepare({**tree, "run_dir": str(run_dir)})
+        job = prepare({**make_tree(), "run_dir": str(run_dir)})
         status.write(run_dir)
         final = run_agent(job, status)
     except ConfigError as error:
         return refuse(run_dir, status, error)
-    except KeyboardInterrupt:
-        ended(status, "interrupted", error="interrupted from the keyboard", exit_code=EXIT_INTERRUPTED).write(run_dir)
+    except KeyboardInterrupt as error:
+        ended(status, "interrupted", error=str(error) or "interrupted by Ctrl-C", exit_code=EXIT_INTERRUPTED).write(
+            run_dir
+        )
         raise
     final.write(run_dir)
     return final
 
 
-def status_of(tree: dict[str, Any]) -> RunStatus:
-    """The first status of a run that may not be valid yet."""
-    strategy = tree.get("strategy")
-    return running(str(tree.get("name")), str(strategy.get("name")) if isinstance(strategy, dict) else None)
-
-
 def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
-    """Write down why a run did not start; its folder stays free for the corrected one."""
+    """Write down why a run did not start; its folder, which this process has claimed, is free for the corrected one."""
     final = ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
     final.write(run_dir)
     ranks = run_dir / "ranks"
@@ -93,20 +89,27 @@ def claim_folder(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another run_dir.") from None
 
 
-def prepare(tree: dict[str, Any], world_size: int | None = None, *, write: bool = True) -> Job:
+def prepare(
+    tree: dict[str, Any], world_size: int | None = None, local_world_size: int | None = None, *, write: bool = True
+) -> Job:
     """Everything that can be known or made before training starts; ConfigError if it shows that the run cannot go.
 
-    `world_size` is given by a rank of another launcher; of those, only the first is to `write` resolved.yaml.
+    World sizes are given by a rank of another launcher; of those, only the first is to `write` resolved.yaml.
     """
-    config = resolve(validate(tree), world_size)
+    config = resolve(validate(tree), world_size, local_world_size)
     job = Job.of(config)
     try:
         job.data.prepare()
         check_validation(job)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    except IndexError:  # what pathlib makes of a pattern such as /
+        files = config.data.get("files")
+        raise ConfigError(f"data.files={files} is no pattern of files; give one such as 'books/*.txt'.") from None
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}; free some space, or correct the path.") from None
     if job.strategy.needs:
-        preflight.check_model(config)
+        preflight.check_model(config, environment(config))
     if write:
         (job.run_dir / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     return job
@@ -147,7 +150,8 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
 def headline(job: Job) -> str:
     """One line that says what is about to run, and where."""
     config = job.config
-    devices = "GPUs" if config.launcher.accelerator == "gpu" else "CPU processes"
+    one, many = ("GPU", "GPUs") if config.launcher.accelerator == "gpu" else ("CPU process", "CPU processes")
+    devices = one if job.world_size == 1 else many
     untested = "; this recipe is untested" if config.status == "untested" else ""
     return (
         f"{config.name}: {config.choices.get('model')} on {job.world_size} {devices} "
@@ -162,10 +166,12 @@ def environment(config: RunConfig) -> dict[str, str]:
         for key, value in os.environ.items()
         if key not in LAUNCHER_VARIABLES and not key.startswith(("TORCHELASTIC_", "SLURM_"))
     }
-    path = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
+    # A module of the user's that lies in the working directory can be named in a _target_, but hides none of ours.
+    path = [str(REPOSITORY), str(Path.cwd()), *filter(None, [kept.get("PYTHONPATH")])]
     return {
-        **kept,
+        **parented(kept),
         "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
     }
@@ -179,7 +185,7 @@ def ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
     except BaseException:
         tree = descendants(process)
         process.terminate()
-        psutil.wait_procs(tree, timeout=SHUTDOWN_S)
+        psutil.wait_procs(tree, timeout=SHUTDOWN_S + 3)  # the agent gives its ranks SHUTDOWN_S
         for survivor in tree:
             if survivor.is_running():
                 survivor.kill()

@@ -1,6 +1,7 @@
 """What `python train.py` does around Hydra: one line for a mistake, one exit code, one table after a sweep."""
 
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.compose import tree_of
-from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch, refuse
+from launch.compose import quoted, tree_of
+from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch
 from launch.schema import ConfigError
-from launch.sweep import SweepTable, finished, print_sweep, set_aside
+from launch.sweep import SweepTable, print_sweep, set_aside
 from tracking.record import RunRecord
 from tracking.report import print_runs
 from tracking.sources import read_run
-from tracking.status import RunStatus, running
+from tracking.status import RunStatus, read_status
 
 exit_codes: list[int] = []  # of the runs that this process dispatched
 
@@ -33,15 +34,15 @@ def run_job(config: DictConfig) -> float:
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     OmegaConf.set_struct(config, False)
-    resuming = config.pop("resume_sweep") is not None
-    status = finished(run_dir) if resuming else None
+    status = earlier(run_dir) if config.pop("resume_sweep") is not None else None
     if status is None:
-        if resuming and any(run_dir.iterdir()):
-            set_aside(run_dir)
-        status = run_config(config, hydra, run_dir)
+        prepare_tree(config, hydra, run_dir)
+        name = str(OmegaConf.select(config, "strategy.name"))
+        status = dispatch(run_dir, name, lambda: tree_of(config, hydra))
+    in_sweep = hydra.mode == RunMode.MULTIRUN
     if status.error:
-        print(f"{run_dir.name + ': ' if hydra.mode == RunMode.MULTIRUN else ''}{status.error}", file=sys.stderr)
-    if status.state == "completed" and hydra.mode != RunMode.MULTIRUN:
+        print(f"{run_dir.name + ': ' if in_sweep else ''}{status.error}", file=sys.stderr)
+    if status.state == "completed" and not in_sweep:
         print_runs([read_run(run_dir)])
     if status.state == "completed" and config.expect is not None:
         print("the recipe expects " + ", ".join(f"{key} {value}" for key, value in config.expect.items()))
@@ -49,15 +50,24 @@ def run_job(config: DictConfig) -> float:
     return objective(run_dir) if status.state == "completed" else math.nan
 
 
-def run_config(config: DictConfig, hydra: Any, run_dir: Path) -> RunStatus:
+def prepare_tree(config: DictConfig, hydra: Any, run_dir: Path) -> None:
+    """Write into the config what only Hydra knows: the run's folder, and the sweep as its group."""
     OmegaConf.update(config, "run_dir", str(run_dir))
     if hydra.mode == RunMode.MULTIRUN and OmegaConf.select(config, "logger.group") is None:
         OmegaConf.update(config, "logger.group", "-".join(Path(hydra.sweep.dir).resolve().parts[-2:]))
-    try:
-        return dispatch(tree_of(config, hydra))
-    except ConfigError as error:
-        name = str(OmegaConf.select(config, "strategy.name"))
-        return refuse(run_dir, running(name, name), error)
+
+
+def earlier(run_dir: Path) -> RunStatus | None:
+    """Of a resumed sweep's job: its status if it completed or still runs, else None, its folder set aside."""
+    status = read_status(run_dir)
+    if status is not None and status.state == "completed":
+        return status
+    if status is not None and status.state == "running":
+        error = f"run_dir={run_dir} still runs; wait for the sweep's end before resuming it."
+        return status.model_copy(update={"error": error, "exit_code": EXIT_REFUSED})
+    if any(run_dir.iterdir()):
+        set_aside(run_dir)
+    return None
 
 
 def objective(run_dir: Path) -> float:
@@ -84,27 +94,46 @@ def resumed_argv(argv: list[str]) -> list[str]:
         "--multirun",
         *overrides["task"],
         *hydra_overrides,
-        f"hydra.sweep.dir='{sweep_dir}'",
-        f"resume_sweep='{sweep_dir}'",
+        f"hydra.sweep.dir={quoted(sweep_dir)}",
+        f"resume_sweep={quoted(sweep_dir)}",
     ]
+
+
+class TerminatedError(KeyboardInterrupt):
+    """A signal asked this process to end; it ends as on Ctrl-C, with the ranks ended and the status written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end a run in order; their default would leave its ranks to be killed."""
+
+    def end(number: int, frame: object) -> None:
+        raise TerminatedError(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
 
 
 def run_application(application: Callable[[], None]) -> int:
     """Run the Hydra application; its exit code, after one line on stderr for whatever went wrong."""
+    end_on_signals()
+    interrupted = 0
     try:
         sys.argv = resumed_argv(sys.argv)
         application()
-    except KeyboardInterrupt:
-        print("interrupted; no process of the run is left.", file=sys.stderr)
-        exit_codes.append(EXIT_INTERRUPTED)
-    except (ConfigError, HydraException, OmegaConfBaseException, OSError) as error:
+    except KeyboardInterrupt as error:
+        print(f"{error or 'interrupted by Ctrl-C'}; no process of the run is left.", file=sys.stderr)
+        interrupted = error.exit_code if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
+    except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
         print(one_line(error), file=sys.stderr)
         exit_codes.append(EXIT_REFUSED)
     if SweepTable.folder is not None and SweepTable.folder.is_dir():
         failed = print_sweep(SweepTable.folder)
-        if EXIT_INTERRUPTED not in exit_codes:
-            return EXIT_FAILED if failed or any(exit_codes) else 0
-    return max(exit_codes, default=0)
+        return interrupted or (EXIT_FAILED if failed or any(exit_codes) else 0)
+    return interrupted or max(exit_codes, default=0)
 
 
 def one_line(error: BaseException) -> str:
@@ -112,6 +141,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ConfigError):
         return str(error)
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # MissingConfigException is both
+        if error.filename is None:
+            return str(error)
         return f"{error.filename} cannot be written: {error.strerror}; choose another run_dir (or hydra.sweep.dir)."
     words = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     lines = [line.strip() for word in words for line in word.splitlines()]

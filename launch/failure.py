@@ -31,6 +31,7 @@ def record_error(run_dir: Path, rank: int, error: BaseException) -> None:
     path = error_path(run_dir, rank)
     if path.exists():
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     origin = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
     message = (str(error).strip() or "no message").splitlines()[0]
     where = f" ({Path(origin[0].filename).name}:{origin[0].lineno})" if origin else ""
@@ -61,7 +62,7 @@ def oom_kills() -> int:
 def signal_cause(number: int, oom_kills_before: int) -> str:
     name = signal.Signals(number).name
     if number == signal.SIGKILL and oom_kills() > oom_kills_before:
-        return f"was killed by {name}: the kernel ran out of memory; use a smaller data.micro_batch_size or model"
+        return f"was killed by {name}: memory probably ran out; use a smaller data.micro_batch_size or model"
     return f"was killed by {name}"
 
 
@@ -80,6 +81,8 @@ def first_failure(run_dir: Path, oom_kills_before: int) -> Failure | None:
     words = [
         (json.loads(path.read_text()), int(path.name.split(".")[0])) for path in run_dir.glob("ranks/*.error.json")
     ]
+    # The agent lists the ranks that fell first; what the others then say is the echo of it.
+    words = [(word, rank) for word, rank in words if not codes or rank in codes]
     if words:
         word, rank = min(words, key=lambda pair: pair[0]["time"])
         cause = word["message"] if word["user_error"] else word["cause"]

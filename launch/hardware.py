@@ -1,43 +1,58 @@
-"""What this machine offers, found without torch: GPUs by nvidia-smi, cores by the scheduler."""
+"""What this machine offers, found without torch: GPUs by nvidia-smi."""
 
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
+    index: str
+    uuid: str
     name: str
     compute_capability: float  # 8.0 = Ampere, the first with bfloat16 arithmetic
-    memory_gib: float
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES lets this process see; empty without an NVIDIA driver."""
-    if shutil.which("nvidia-smi") is None:
+    """The GPUs that this process may use; empty without an NVIDIA driver, or with a torch that cannot use one."""
+    if shutil.which("nvidia-smi") is None or version("torch").endswith("+cpu"):
         return ()
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:
         return ()
     if answer.returncode != 0:  # a driver without a device says so through its exit code
         return ()
-    found = [parse_gpu(line) for line in answer.stdout.splitlines() if line.strip()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(found)
-    return tuple(found[: len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])])
+    return visible(parse(answer.stdout), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def parse_gpu(line: str) -> Gpu:
-    name, capability, memory_mib = (field.strip() for field in line.rsplit(",", 2))
-    return Gpu(name=name, compute_capability=float(capability), memory_gib=float(memory_mib) / 1024)
+def parse(answer: str) -> tuple[Gpu, ...]:
+    """The rows of nvidia-smi's answer."""
+    rows = [[field.strip() for field in line.split(",")] for line in answer.splitlines() if line.strip()]
+    return tuple(
+        Gpu(index=index, uuid=uuid, name=name, compute_capability=float(capability))
+        for index, uuid, name, capability in rows
+    )
+
+
+def visible(found: tuple[Gpu, ...], entries: str | None) -> tuple[Gpu, ...]:
+    """Those of `found` that CUDA_VISIBLE_DEVICES=`entries` shows, in its order; CUDA stops at the first invalid one.
+
+    A slice of a GPU (MIG-...) is listed by its own UUID, which nvidia-smi's list lacks: it counts as one of the first.
+    """
+    if entries is None:
+        return found
+    shown: list[Gpu] = []
+    for entry in (word.strip() for word in entries.split(",")):
+        match = [gpu for gpu in found if entry and (gpu.index == entry or gpu.uuid.startswith(entry))]
+        if not match and entry.startswith("MIG-"):
+            match = list(found[:1])
+        if not match:
+            break
+        shown.append(match[0])
+    return tuple(shown)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.spec import Data
-from launch.hardware import gpus, num_cores
+from launch.hardware import gpus
 from launch.schema import ConfigError, RunConfig, build_spec
 from strategies.spec import Mesh, Strategy
+from tracking.record import usable_cores
 
 # CUDA devices below this have no bfloat16 arithmetic (NVIDIA CUDA C++ Programming Guide, compute capabilities).
 BFLOAT16_CAPABILITY = 8.0
@@ -46,15 +47,20 @@ class Job:
         )
 
 
-def resolve(config: RunConfig, world_size: int | None = None) -> RunConfig:
+def resolve(config: RunConfig, world_size: int | None = None, local_world_size: int | None = None) -> RunConfig:
     """The config with nothing left open: mesh, device, number of devices and threads are numbers.
 
-    `world_size` is given where a launcher outside has already started the ranks. Raises ConfigError, one line
+    `world_size`, and how many of the ranks are on this machine, are given where a launcher outside has already
+    started them. Raises ConfigError, one line
     with key, value and fix, for every rule between keys that is broken. Touches no file.
     """
     strategy: Strategy = build_spec(config.strategy, "strategy", Strategy)
     accelerator = choose_accelerator(config)
-    devices = choose_devices(config, accelerator) if world_size is None else world_size
+    if world_size is None:
+        devices = choose_devices(config, accelerator)
+    else:
+        devices = world_size
+        check_joined(config, accelerator, world_size, local_world_size or world_size)
     try:
         mesh = strategy.mesh.resolve(devices)
         strategy.check(None, mesh.world_size)
@@ -68,10 +74,12 @@ def resolve(config: RunConfig, world_size: int | None = None) -> RunConfig:
     check_precision(config, accelerator)
     check_vocabulary(config)
     threads = config.launcher.threads_per_rank
+    if threads == "auto":
+        threads = max(1, usable_cores() // (local_world_size or mesh.world_size))
     launcher = {
         "accelerator": accelerator,
         "devices": mesh.world_size,
-        "threads_per_rank": max(1, num_cores() // mesh.world_size) if threads == "auto" else threads,
+        "threads_per_rank": threads,
     }
     return config.model_copy(
         update={
@@ -105,17 +113,34 @@ def choose_devices(config: RunConfig, accelerator: str) -> int | None:
     return devices
 
 
+def check_joined(config: RunConfig, accelerator: str, world_size: int, local_world_size: int) -> None:
+    """What another launcher started must be what was asked for, and find a GPU for each of its ranks here."""
+    if config.launcher.devices not in ("auto", world_size):
+        raise ConfigError(
+            f"launcher.devices={config.launcher.devices}, but the launcher outside started {world_size} ranks; "
+            f"leave launcher.devices out."
+        )
+    if accelerator == "gpu" and local_world_size > len(gpus()):
+        raise ConfigError(
+            f"The launcher outside started {local_world_size} ranks on this machine, where each sees {len(gpus())} "
+            f"GPUs; start as many as there are, and let each see all of them (srun --gpus-per-node)."
+        )
+
+
 def check_precision(config: RunConfig, accelerator: str) -> None:
     name, compute = config.precision.name, config.precision.compute
     if accelerator == "cpu" and compute == "float16":
         raise ConfigError(f"precision={name} needs a GPU (float16 with loss scaling); on CPU choose precision=bf16.")
     old = [gpu.name for gpu in gpus() if gpu.compute_capability < BFLOAT16_CAPABILITY]
     if accelerator == "gpu" and compute == "bfloat16" and old:
-        raise ConfigError(f"precision={name} needs bfloat16, which {old[0]} does not have; choose precision=fp16.")
-    if compute == "float16" and config.trainer.clip_norm is not None and config.optimizer.get("fused"):
         raise ConfigError(
-            "optimizer.fused=true cannot be clipped under loss scaling (it unscales by itself); "
-            "set optimizer.fused=false or trainer.clip_norm=null."
+            f"precision={name} needs bfloat16, which {old[0]} does not have; "
+            f"choose precision=fp16 optimizer.fused=false."
+        )
+    if compute == "float16" and config.optimizer.get("fused"):
+        raise ConfigError(
+            f"precision={name} scales the loss, and a fused optimizer unscales gradients inside its step, where they "
+            f"can be neither clipped nor measured; set optimizer.fused=false."
         )
 
 

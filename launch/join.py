@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -10,13 +11,19 @@ from pathlib import Path
 
 from hydra.errors import HydraException
 
-from launch.compose import compose
-from launch.dispatch import EXIT_REFUSED, claim_folder, prepare, refuse, status_of
+from launch.compose import compose, quoted
+from launch.dispatch import EXIT_REFUSED, claim_folder, prepare, refuse
 from launch.entry import one_line
 from launch.schema import ConfigError
-from tracking.status import ended
+from tracking.status import ended, running
 
 CLAIM_TIMEOUT_S = 60  # ranks start together; a shared file system may take seconds to show a new folder
+
+# SLURM numbers the steps of a job from 0; an interactive shell and the batch script have ids above these.
+SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+# Ports for a SLURM step's rendezvous, out of the range from which Linux takes its own (32768 and up).
+FIRST_PORT, NUM_PORTS = 12_000, 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,7 @@ class OuterLauncher:
     job_id: str
     rank: int
     world_size: int
+    local_world_size: int
 
 
 def outer_launcher() -> OuterLauncher | None:
@@ -37,31 +45,42 @@ def outer_launcher() -> OuterLauncher | None:
             job_id=os.environ["TORCHELASTIC_RUN_ID"],
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
+            local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
         )
     # A shell inside an allocation has SLURM's job variables too; only srun gives a process a step and a rank in it.
-    if os.environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in os.environ:
-        return OuterLauncher(
-            name="slurm",
-            job_id=f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}",
-            rank=int(os.environ["SLURM_PROCID"]),
-            world_size=int(os.environ["SLURM_NTASKS"]),
-        )
-    return None
+    step = os.environ.get("SLURM_STEP_ID", "")
+    if not step.isdigit() or int(step) >= SLURM_FIRST_SPECIAL_STEP or "SLURM_PTY_PORT" in os.environ:
+        return None
+    return OuterLauncher(
+        name="slurm",
+        job_id=f"{os.environ['SLURM_JOB_ID']}.{step}",
+        rank=int(os.environ["SLURM_PROCID"]),
+        world_size=int(os.environ["SLURM_NTASKS"]),
+        local_world_size=tasks_of_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"])),
+    )
 
 
-def export_slurm_ranks() -> None:
-    """Say SLURM's ranks in torchrun's variables, which everything below reads."""
+def tasks_of_node(tasks: str, node: int) -> int:
+    """Tasks of the node numbered `node` in SLURM's notation: `2(x3),1` is 2 on each of three nodes, then 1."""
+    counts: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
+        counts += [int(count)] * int(repeat or 1)
+    return counts[node]
+
+
+def export_slurm_ranks(launcher: OuterLauncher) -> None:
+    """Say the ranks of SLURM's step in torchrun's variables, which everything below reads."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
-    slurm = SLURMEnvironment(auto_requeue=False)
+    job, _, step = launcher.job_id.partition(".")
     os.environ.update(
-        RANK=os.environ["SLURM_PROCID"],
+        RANK=str(launcher.rank),
         LOCAL_RANK=os.environ["SLURM_LOCALID"],
-        WORLD_SIZE=os.environ["SLURM_NTASKS"],
-        LOCAL_WORLD_SIZE=str(-(-int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))),
-        GROUP_RANK=os.environ.get("SLURM_NODEID", "0"),
-        MASTER_ADDR=slurm.main_address,
-        MASTER_PORT=str(slurm.main_port),
+        WORLD_SIZE=str(launcher.world_size),
+        LOCAL_WORLD_SIZE=str(launcher.local_world_size),
+        GROUP_RANK=os.environ["SLURM_NODEID"],
+        MASTER_ADDR=SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"]),
+        MASTER_PORT=str(FIRST_PORT + (31 * int(job) + int(step)) % NUM_PORTS),  # steps of one job side by side differ
     )
 
 
@@ -71,29 +90,35 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
     Every rank checks; the first rank alone writes the run folder's files. The folder is named after the launcher's
     job, not the clock, so that all ranks mean the same one.
     """
-    if launcher.name == "slurm":
-        export_slurm_ranks()
     if not any(word.startswith("run_dir=") for word in overrides):
-        overrides = [*overrides, f"run_dir='runs/{launcher.name}-{launcher.job_id}'"]
+        overrides = [*overrides, f"run_dir={quoted(f'runs/{launcher.name}-{launcher.job_id}')}"]
     try:
+        if any(word.startswith("-") for word in overrides):
+            raise ConfigError(f"Under {launcher.name}, train.py is one rank of one run: it takes overrides, no flags.")
         tree = compose(overrides)
-    except (ConfigError, HydraException) as error:
-        return refused(error)
-    run_dir = Path(str(tree["run_dir"])).resolve()
-    status = status_of(tree)
-    try:
+        run_dir = Path(str(tree["run_dir"])).resolve()
         if launcher.rank == 0:
             claim_folder(run_dir)
+            claim_word(run_dir, launcher).touch()
         else:
-            wait_for_claim(run_dir)
-    except ConfigError as error:
+            wait_for_claim(run_dir, launcher)
+    except (ConfigError, HydraException) as error:
         return refused(error)
+    return run_claimed(launcher, run_dir, {**tree, "run_dir": str(run_dir)})
+
+
+def run_claimed(launcher: OuterLauncher, run_dir: Path, tree: dict[str, object]) -> int:
+    """Be this rank in a run folder that is this run's."""
+    status = running(str(tree["name"]), str(tree["name"]))
     try:
-        job = prepare({**tree, "run_dir": str(run_dir)}, launcher.world_size, write=launcher.rank == 0)
+        job = prepare(tree, launcher.world_size, launcher.local_world_size, write=launcher.rank == 0)
     except ConfigError as error:
         if launcher.rank == 0:
+            claim_word(run_dir, launcher).unlink()
             refuse(run_dir, status, error)
         return refused(error)
+    if launcher.name == "slurm":
+        export_slurm_ranks(launcher)
     from launch.worker import run_rank
 
     if launcher.rank == 0:
@@ -109,12 +134,18 @@ def refused(error: Exception) -> int:
     return EXIT_REFUSED
 
 
-def wait_for_claim(run_dir: Path) -> None:
-    """Wait until the first rank has made the run folder its own; it says so by `ranks/`, which it alone makes."""
+def claim_word(run_dir: Path, launcher: OuterLauncher) -> Path:
+    """The file by which the first rank tells the others that the run folder is this launch's."""
+    return run_dir / "ranks" / f"of-{launcher.name}-{launcher.job_id}"
+
+
+def wait_for_claim(run_dir: Path, launcher: OuterLauncher) -> None:
+    """Wait until the first rank has made the run folder its own; without its word, touch nothing and give up."""
     deadline = time.monotonic() + CLAIM_TIMEOUT_S
-    while not (run_dir / "ranks").is_dir():
+    while not claim_word(run_dir, launcher).exists():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"run_dir={run_dir} did not appear in {CLAIM_TIMEOUT_S} s; give one that all ranks share."
+                f"The first rank did not claim run_dir={run_dir} in {CLAIM_TIMEOUT_S} s: it refused, or does not "
+                f"share that folder; see its own message."
             )
         time.sleep(0.1)

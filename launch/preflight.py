@@ -6,20 +6,20 @@ Run by the dispatcher as `python -m launch.preflight`, with the resolved config 
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 
-from launch.compose import REPOSITORY
 from launch.schema import ConfigError, RunConfig, build_spec, validate
 from strategies.spec import Strategy
 
 
-def check_model(config: RunConfig) -> None:
+def check_model(config: RunConfig, environment: Mapping[str, str]) -> None:
     """ConfigError if the model's plan lacks a part that the strategy needs."""
     answer = subprocess.run(
         [sys.executable, "-m", "launch.preflight"],
         input=config.model_dump_json(),
         capture_output=True,
         text=True,
-        cwd=REPOSITORY,
+        env=dict(environment),
         check=False,
     )
     if answer.returncode:

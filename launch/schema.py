@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Literal
@@ -13,7 +14,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -27,6 +27,18 @@ from tracking.wandb_config import WandbConfig
 
 # Keys that may differ between two runs that train the same thing: how a run is watched, where it lies.
 NOT_IDENTITY = ("name", "run_dir", "evidence", "logger", "launcher", "status", "expect", "choices")
+
+
+# Numbers of torch's optimizers and of our schedules: least value, bound that is not reached, whether it is a count.
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "lr": (0, math.inf, False),
+    "eps": (0, math.inf, False),
+    "weight_decay": (0, math.inf, False),
+    "momentum": (0, 1, False),
+    "final_fraction": (0, math.inf, False),
+    "warmup_steps": (0, math.inf, True),
+    "max_steps": (1, math.inf, True),
+}
 
 
 class ConfigError(ValueError):
@@ -49,23 +61,23 @@ class LauncherConfig(Section):
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: PositiveInt | Literal["auto"]
     threads_per_rank: PositiveInt | Literal["auto"]
-    timeout_s: PositiveFloat
+    timeout_s: float = Field(gt=0, le=7 * 24 * 3600)
 
 
 class RunConfig(Section):
     """One run. Sections with a `_target_` are built by `build_spec` (strategy, data) or by the worker (model)."""
 
-    seed: NonNegativeInt
+    seed: int = Field(ge=0, lt=2**32)  # what torch and numpy both take
     name: str = Field(min_length=1)
     run_dir: str = Field(min_length=1)
     evidence: bool
+    trainer: TrainerConfig
     strategy: dict[str, Any]
     model: dict[str, Any]
     data: dict[str, Any]
     optimizer: dict[str, Any]
-    scheduler: dict[str, Any] | None
+    scheduler: dict[str, Any]
     precision: Precision
-    trainer: TrainerConfig
     logger: WandbConfig
     launcher: LauncherConfig
     status: Literal["untested", "measured"] | None  # of a recipe
@@ -83,11 +95,30 @@ class RunConfig(Section):
                 raise ValueError(f"{key}: must be a whole number above 0 (got {value!r}).")
         return section
 
+    @field_validator("optimizer", "scheduler")
+    @classmethod
+    def rates_are_in_range(cls, section: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Numbers of torch's optimizers and our schedules, by their names: their classes need torch too."""
+        for key, value in section.items():
+            if key in RANGES and value is not None and not in_range(key, value):
+                low, high, counts = RANGES[key]
+                kind = "whole number" if counts else "number"
+                raise ValueError(f"{info.field_name}.{key}: must be a {kind} in [{low:g}, {high:g}) (got {value!r}).")
+        return section
+
     @property
     def hash(self) -> str:
         """Twelve hex digits that are equal for two runs that train the same thing the same way."""
         identity = {key: value for key, value in self.model_dump().items() if key not in NOT_IDENTITY}
         return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def in_range(key: str, value: object) -> bool:
+    """Whether `value` is what RANGES says of `key`."""
+    low, high, counts = RANGES[key]
+    if isinstance(value, bool) or not isinstance(value, int if counts else int | float):
+        return False
+    return low <= value < high
 
 
 def leaves(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -111,7 +142,8 @@ def validate(tree: dict[str, Any]) -> RunConfig:
 
 def key_of(entry: ErrorDetails) -> str:
     """Dotted key of one pydantic error; the names of a union's members, which pydantic adds, are left out."""
-    return ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("constrained-", "literal[")))
+    members = ("constrained-", "literal[", "list[", "str", "int", "float")
+    return ".".join(str(part) for part in entry["loc"] if not str(part).startswith(members))
 
 
 def first_line(error: ValidationError, prefix: str = "") -> str:

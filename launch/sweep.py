@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from tracking.report import print_runs
 from tracking.sources import read_runs
-from tracking.status import RunStatus, read_status
 
 
 class SweepTable(Callback):
@@ -36,9 +35,3 @@ def set_aside(run_dir: Path) -> None:
     attic.mkdir(exist_ok=True)
     tries = sum(1 for path in attic.iterdir() if path.name.startswith(f"{run_dir.name}."))
     run_dir.rename(attic / f"{run_dir.name}.{tries}")
-
-
-def finished(run_dir: Path) -> RunStatus | None:
-    """The status of a job that need not run again, else None."""
-    status = read_status(run_dir)
-    return status if status is not None and status.state == "completed" else None

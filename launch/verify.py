@@ -7,21 +7,23 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.compose import compose
-from launch.dispatch import EXIT_FAILED, EXIT_REFUSED, dispatch, load_resolved
-from launch.entry import one_line
+from launch.compose import CONFIG_DIR, compose, quoted
+from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch, load_resolved
+from launch.entry import end_on_signals, one_line
 from launch.schema import ConfigError, RunConfig
 from tracking.agreement import Certificate, compare, tolerance_text
 from tracking.evidence import Evidence
-from tracking.record import environment
+from tracking.record import RunRecord
 
 # What a run that is made to be compared differs in from one that is made to be used.
 VERIFY_OVERRIDES = ("trainer.max_steps=4", "trainer.val_every_steps=null", "logger=none", "evidence=true")
@@ -36,14 +38,21 @@ class Finished:
     """A run that left evidence."""
 
     config: RunConfig
+    record: RunRecord
     evidence: Evidence
 
 
 def expand(overrides: list[str], multirun: bool) -> list[list[str]]:
     """Each job's overrides: with `multirun`, `strategy=ddp,zero1` stands for two jobs, as in Hydra's sweeps."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
     if not multirun:
         return [overrides]
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        # The loader knows what glob(*) stands for.
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
+        return product(parsed)
+
+
+def product(parsed: list[Override]) -> list[list[str]]:
     choices = [
         [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
@@ -66,13 +75,18 @@ class Verifier:
 
     def run(self, overrides: list[str], name: str) -> Finished:
         """Train one run in a folder of its own under `name`."""
-        tree: dict[str, Any] = compose([*VERIFY_OVERRIDES, *overrides, f"run_dir='{self.folder / name}'"])
-        status = dispatch(tree)
+        run_dir = self.folder / name
+        words = [*VERIFY_OVERRIDES, *overrides, f"run_dir={quoted(run_dir)}"]
+        status = dispatch(run_dir, name, lambda: compose(words))
         if status.state == "refused":
             raise ConfigError(status.error or "refused")
         if status.state != "completed":
             raise RunFailedError(f"{name}: {status.error}")
-        return Finished(config=load_resolved(self.folder / name), evidence=Evidence.load(self.folder / name))
+        return Finished(
+            config=load_resolved(run_dir),
+            record=RunRecord.read(run_dir / "record.json"),
+            evidence=Evidence.load(run_dir),
+        )
 
     def reference(self, overrides: list[str]) -> tuple[Finished, Finished]:
         """The exact and the reference run for a candidate's overrides, made once."""
@@ -96,8 +110,8 @@ class Verifier:
         )
         certificate = Certificate(
             verdict="agrees" if all(check.passed for check in checks) else "disagrees",
-            strategy=candidate.config.name,
-            world_size=int(candidate.config.launcher.devices),
+            strategy=candidate.record.strategy,
+            world_size=candidate.record.world_size,
             model=str(candidate.config.choices.get("model")),
             data=str(candidate.config.choices.get("data")),
             precision=precision.name,
@@ -106,14 +120,15 @@ class Verifier:
             tolerance=tolerance_text(precision.master),
             config_hash=candidate.config.hash,
             reference_config_hash=reference.config.hash,
-            environment=environment().model_dump(),
+            environment=candidate.record.environment.model_dump(),
         )
         certificate.write(self.folder / name / "certificate.json")
         return certificate
 
 
 def without(overrides: tuple[str, ...], group: str) -> list[str]:
-    return [word for word in overrides if key(word) != group]
+    """The overrides that neither choose in `group` nor reach into it."""
+    return [word for word in overrides if key(word).partition(".")[0] != group]
 
 
 def print_certificate(certificate: Certificate, console: Console) -> None:
@@ -137,6 +152,7 @@ def verify(arguments: list[str]) -> int:
     folders = [word.partition("=")[2] for word in overrides if key(word) == "run_dir"]
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     folder = Path(folders[0] if folders else f"runs/{stamp}-verify").resolve()
+    end_on_signals()
     console = Console(width=None if sys.stdout.isatty() else 160)
     verifier, failed = Verifier(folder), 0
     try:
@@ -144,7 +160,9 @@ def verify(arguments: list[str]) -> int:
         for number, job in enumerate(jobs):
             try:
                 certificate = verifier.certify(job, f"{number}-candidate" if len(jobs) > 1 else "candidate")
-            except RunFailedError as error:
+            except (RunFailedError, ConfigError) as error:
+                if len(jobs) == 1 and isinstance(error, ConfigError):
+                    raise
                 print(f"{' '.join(job)}: {error}", file=sys.stderr)
                 failed += 1
                 continue
@@ -153,5 +171,8 @@ def verify(arguments: list[str]) -> int:
     except (ConfigError, HydraException) as error:
         print(one_line(error), file=sys.stderr)
         return EXIT_REFUSED
+    except KeyboardInterrupt as error:
+        print(f"{error or 'interrupted by Ctrl-C'}; no process of the run is left.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(f"certificates in {folder}")
     return EXIT_FAILED if failed else 0

@@ -45,9 +45,8 @@ from launch.job import Job
 from launch.output import log_path, own_output
 from launch.schema import ConfigError, RunConfig
 from models.stats import measure
-from strategies.spec import Evidence
 from tracking import record
-from tracking.evidence import EvidenceRecorder
+from tracking.evidence import EvidenceRecorder, ShowsState
 from tracking.meter import Meter, measure_peak_flops
 from tracking.progress import Progress
 from tracking.record import RunRecord, environment
@@ -202,7 +201,7 @@ def build_meter(job: Job, engine: Strategy, stats: record.Stats | None) -> Meter
         peak_flops=measure_peak_flops(getattr(torch, config.precision.compute), device) if timed else None,
         log_every_steps=config.trainer.log_every_steps,
         started_at=STARTED,
-        offers=lambda: {"optim/grad_norm": cast(Evidence, engine).gradient_norm()},
+        offers=lambda: {"optim/grad_norm": cast(ShowsState, engine).gradient_norm()},
     )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -14,7 +13,6 @@ from models.plan import ParallelPlan
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy as Engine
-    from torch import Tensor
 
 STRICT = ConfigDict(extra="forbid")
 AxisSize = PositiveInt | Literal["auto"]
@@ -120,13 +118,3 @@ class Strategy(ABC):
     @abstractmethod
     def build(self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float) -> Engine:
         """The Lightning strategy that trains so; imports torch, so only workers call it."""
-
-
-class Evidence(Protocol):
-    """What every engine must be able to show of the state it spreads, whatever it spread and how."""
-
-    def gradient_norm(self) -> Tensor:
-        """L2 norm of the whole model's gradient before clipping (scalar); collective, the same on every rank."""
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of the model that this rank can see, whole, on CPU, under its FQN; collective."""

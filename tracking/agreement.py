@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 from tracking.evidence import Evidence
 
-# Two draws of a tensor's rounding error (an L2 norm over its elements) differ by a small factor; the least planted
-# fault that tests/agreement plants is beyond 1,000 times the limit.
+# Two draws of a tensor's rounding error (an L2 norm over its elements) differ by a small factor; of the faults that
+# tests/agreement plants, each goes far beyond it.
 MARGIN = 8.0
 
 # Where the reference happens to be exact, a candidate may still round: unit roundoff u of the format in which the
@@ -34,7 +34,8 @@ Quantity = Literal["samples", "loss", "gradient norm", "validation loss", "weigh
 class Check(BaseModel):
     """One quantity: where the candidate came closest to its limit, or went furthest beyond it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A difference may be infinite or no number; JSON knows neither, so they are written as words.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     quantity: Quantity
     count: int  # values compared
@@ -51,7 +52,8 @@ class Check(BaseModel):
 class Certificate(BaseModel):
     """The verdict on one candidate, with all that is needed to reproduce it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A difference may be infinite or no number; JSON knows neither, so they are written as words.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     version: Literal[1] = 1
     verdict: Literal["agrees", "disagrees"]
@@ -186,7 +188,9 @@ def compare(exact: Evidence, reference: Evidence, candidate: Evidence, *, master
         ),
         compare_weights(exact, reference, candidate, u),
     ]
-    if exact.val_losses:
+    if exact.val_losses and not candidate.val_losses:
+        checks.append(worst("validation loss", [Point("no rank has one", np.inf, 0.0, 0.0)]))
+    elif exact.val_losses:
         checks.append(
             compare_series("validation loss", exact.val_losses[:1], reference.val_losses[:1], [candidate.val_losses], u)
         )

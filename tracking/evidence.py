@@ -19,12 +19,20 @@ from torch.utils._pytree import tree_leaves
 
 
 class ShowsState(Protocol):
-    """What the recorder asks of an engine (strategies.spec.Evidence, without importing it)."""
+    """What every engine must be able to show of the state it spreads, whatever it spread and how."""
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]: ...
-    def gradient_norm(self) -> Tensor: ...
-    def weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """`num_replicas` and `rank`: how many ranks see different samples, and which of them this one is."""
+        ...
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the whole model's gradient before clipping (scalar); collective, the same on every rank."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of the model that this rank can see, whole, on CPU, under its FQN; collective."""
+        ...
 
 
 @dataclass
@@ -71,7 +79,7 @@ class EvidenceRecorder(pl.Callback):
         assert isinstance(loss, Tensor)
         # Lightning hands out the loss divided by the accumulation.
         self.steps[-1].losses.append(float(loss) * trainer.accumulate_grad_batches)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if trainer.global_step == len(self.steps):
             self.steps.append(StepEvidence())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,7 @@ class RunStatus(BaseModel):
     exit_code: int | None = None
     started: float  # seconds since the epoch
     wall_s: float | None = None
-    dispatcher_pid: int | None = None
+    dispatcher: tuple[str, int, float] | None = None  # host, pid, and start time of the process that runs it
 
     def write(self, run_dir: Path) -> None:
         path = run_dir / "status.json"
@@ -41,14 +42,28 @@ def read_status(run_dir: Path) -> RunStatus | None:
     if not path.exists():
         return None
     status = RunStatus.model_validate(json.loads(path.read_text()))
-    if status.state == "running" and not (status.dispatcher_pid and psutil.pid_exists(status.dispatcher_pid)):
+    if status.state == "running" and not dispatcher_lives(status):
         return status.model_copy(update={"state": "lost", "error": "its dispatcher ended without a last word"})
     return status
 
 
+def dispatcher_lives(status: RunStatus) -> bool:
+    """Whether the process that runs it still does; from another host, where that cannot be seen, it is believed."""
+    if status.dispatcher is None:
+        return False
+    host, pid, started = status.dispatcher
+    if host != socket.gethostname():
+        return True
+    try:
+        return psutil.Process(pid).create_time() == started
+    except psutil.NoSuchProcess:
+        return False
+
+
 def running(name: str, strategy: str | None) -> RunStatus:
     """A run that this process has just begun to dispatch."""
-    return RunStatus(name=name, strategy=strategy, state="running", started=time.time(), dispatcher_pid=os.getpid())
+    me = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
+    return RunStatus(name=name, strategy=strategy, state="running", started=time.time(), dispatcher=me)
 
 
 def ended(status: RunStatus, state: State, *, error: str | None = None, exit_code: int = 0) -> RunStatus:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import psutil
-import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import AuthenticationError
 from wandb.sdk.lib import wbauth
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
+import wandb
 from tracking.record import RunRecord
 from tracking.redact import redact
 from tracking.wandb_config import WandbConfig
@@ -50,6 +50,7 @@ class RunLogger(WandbLogger):
     def __init__(self, run: wandb.Run, *, save_dir: Path, tokens_per_step: int | None) -> None:
         super().__init__(experiment=run, save_dir=save_dir, project=run.project, id=run.id, log_model=False)
         self._tokens_per_step = tokens_per_step
+        self._lost = False
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -58,12 +59,26 @@ class RunLogger(WandbLogger):
             row["step"] = step
             if self._tokens_per_step is not None:
                 row["tokens"] = step * self._tokens_per_step
-        self.experiment.log(row)
+        self._send(partial(self.experiment.log, row))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Whatever a model saves as its hyperparameters, without the secrets in it."""
-        super().log_hyperparams(redact(vars(params) if isinstance(params, Namespace) else params))
+        safe = redact(vars(params) if isinstance(params, Namespace) else params)
+        self._send(partial(super().log_hyperparams, safe))
+
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        self._send(partial(self.experiment.summary.update, values))
+
+    def _send(self, work: Callable[[], None]) -> None:
+        """Hand something to W&B's service process; when that is gone, training goes on without it."""
+        if self._lost:
+            return
+        try:
+            work()
+        except TROUBLE as error:
+            self._lost = True
+            _say(f"its own process is gone ({_reason(error)}); from here on, metrics.csv alone has the metrics.")
 
 
 def start_wandb(
@@ -138,7 +153,7 @@ def log_record(loggers: Iterable[Logger], record: RunRecord) -> None:
     """Write the record's results in the W&B summary, as `record/<field>`: they are equal to record.json's."""
     results = record.results.model_dump(mode="json")
     for logger in _of_wandb(loggers):
-        logger.experiment.summary.update({f"record/{key}": value for key, value in results.items()})
+        logger.log_summary({f"record/{key}": value for key, value in results.items()})
 
 
 def finish_wandb(loggers: Iterable[Logger], *, ok: bool) -> None:
@@ -200,11 +215,12 @@ def _online(keys: dict[str, Any]) -> wandb.Run:
 
 def _close_service() -> None:
     """End W&B's service process, by force if it does not end by itself: at exit, W&B would wait for it forever."""
-    service = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+    # wandb-core, and below it its monitor of the GPU: both are listed now, when the one still leads to the other.
+    service = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("wandb-")]
     try:
         _within(GRACE_S, wandb.teardown)
     except TROUBLE:
-        for process in service:
+        for process in filter(psutil.Process.is_running, service):
             process.kill()
 
 
@@ -229,9 +245,9 @@ def _of_wandb(loggers: Iterable[Logger]) -> list[RunLogger]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of W&B's message; those after it advise on W&B's settings."""
+    """The first line of W&B's message (those after it advise on W&B's settings), or the error's kind."""
     lines = str(error).splitlines()
-    return redact(lines[0]) if lines else type(error).__name__
+    return redact(lines[0]) if lines and lines[0] != "<no message>" else type(error).__name__
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,6 @@
 """DDP computes what one process computes, and every planted fault is caught."""
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,9 @@ def test_ddp_agrees_with_one_process(case: Case, tmp_path: Path, references: Cal
     assert {check.quantity for check in checks} == {"samples", "loss", "gradient norm", "weights", "validation loss"}
 
 
+# The limit is not tuned to the faults: each goes beyond it by at least this factor (repeated samples: by this many).
+LEAST_EXCESS = 10
+
 MANY = [case for case in CASES if case.world_size > 1 and case.precision == "fp32"]
 PLANTED = [
     *((faults.AveragedTwice, case) for case in MANY),
@@ -72,7 +76,25 @@ PLANTED = [
 ]
 
 
+def test_cases_hold_every_pair_of_two_switches() -> None:
+    switches: dict[str, list[object]] = {
+        "model": ["gpt", "vit"],
+        "optimizer": ["adamw", "sgd"],
+        "clip": [True, False],
+        "tied": [True, False],
+        "accumulation": [1, 4],
+        "world_size": [1, 2, 4],
+    }
+    for (one, values), (other, others) in itertools.combinations(switches.items(), 2):
+        wanted = set(itertools.product(values, others))
+        if {one, other} == {"model", "tied"}:
+            wanted.remove(("vit", True))  # it has nothing to tie
+        assert wanted <= {(getattr(case, one), getattr(case, other)) for case in CASES}, (one, other)
+
+
 @pytest.mark.parametrize(("fault", "case"), PLANTED, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_planted_fault_is_caught(fault: type, case: Case, tmp_path: Path, references: Callable) -> None:
     checks = checks_of(case, tmp_path, references, fault)
+    excess = max(check.difference / check.limit if check.limit else check.difference for check in checks)
     assert [check.quantity for check in checks if not check.passed] != []
+    assert excess > LEAST_EXCESS

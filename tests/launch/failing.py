@@ -2,11 +2,13 @@
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from models.language import LanguageModel
+from models.plan import ParallelPlan
 
 
 class RaisesOnRank1(LanguageModel):
@@ -31,6 +33,14 @@ class HoldsNoReset(LanguageModel):
 
         super().configure_model()
         self.lonely = torch.nn.Parameter(torch.empty(3, device="meta"))
+
+
+class CannotBeSplit(LanguageModel):
+    """A model that says where it may be cut, and not how its matrices may be split."""
+
+    @property
+    def plan(self) -> ParallelPlan:
+        return replace(super().plan, tensor={})
 
 
 class DependsOnRank(LanguageModel):

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +41,16 @@ MISTAKES = {
     "run folder under a file": (["run_dir=empty.txt/run"], ["empty.txt/run", "cannot be written"]),
     "run folder that holds another run": (["run_dir=taken"], ["run_dir", "taken", "already holds another run"]),
     "mandatory value left out": (["data=idx", "model=vit_tiny"], ["data.folder"]),
+    "learning rate that is no number": (["optimizer.lr=abc"], ["optimizer.lr", "abc"]),
+    "negative warm-up": (["scheduler.warmup_steps=-2"], ["scheduler.warmup_steps", "-2"]),
+    "endless timeout": (["launcher.timeout_s=inf"], ["launcher.timeout_s", "inf"]),
+    "seed that does not fit": (["seed=99999999999"], ["seed", "99999999999"]),
+    "group without a choice": (["model=null"], ["group"]),
+    "pattern that names no file": (["data.files=/"], ["data.files=/", "books/*.txt"]),
+    "plan that lacks what the strategy needs": (
+        ["strategy._target_=tests.strategies.needy.NeedsTensor", "model._target_=tests.launch.failing.CannotBeSplit"],
+        ["model=CannotBeSplit", "plan.tensor", "another strategy"],
+    ),
     "sweep folder that is none": (["resume_sweep=taken"], ["resume_sweep=taken"]),
 }
 
@@ -58,7 +67,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_gets_one_line_and_starts_nothing(mistake: str, folder: Path) -> None:
     overrides, words = MISTAKES[mistake]
-    began = time.monotonic()
     defaults = [] if any(word.startswith("run_dir=") for word in overrides) else ["run_dir=run"]
     keys = {word.partition("=")[0].lstrip("+") for word in overrides}
     tiny = [word for word in TINY if word.partition("=")[0] not in keys]
@@ -73,20 +81,3 @@ def test_mistake_gets_one_line_and_starts_nothing(mistake: str, folder: Path) ->
     assert all(word in lines[0] for word in words), lines[0]
     assert run.stdout.strip() == ""
     assert not list(folder.glob("**/*.log"))
-    assert time.monotonic() - began < 20
-
-
-def test_more_devices_than_gpus_is_refused_by_number(folder: Path) -> None:
-    # The border that cannot be crossed on a machine without a GPU: nvidia-smi answers as it does with one.
-    smi = folder / "bin/nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text('#!/bin/sh\necho "NVIDIA T4, 7.5, 15360"\n')
-    smi.chmod(0o755)
-    for overrides, words in (
-        (["strategy=ddp", "launcher.devices=2"], ["launcher.devices=2", "has 1 GPU", "launcher.devices=1"]),
-        (["precision=bf16"], ["precision=bf16", "NVIDIA T4", "precision=fp16"]),
-    ):
-        run = train(folder, *overrides, PATH=f"{smi.parent}:{os.environ['PATH']}")
-        assert run.returncode == 2
-        assert all(word in run.stderr for word in words), run.stderr
-        assert len(run.stderr.strip().splitlines()) == 1

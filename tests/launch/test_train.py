@@ -35,6 +35,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_config_error_imports_nothing_heavy(tmp_path: Path) -> None:
     run = train(tmp_path, "trainer.max_steps=-1", PYTHONVERBOSE="1")
     assert run.returncode == 2
+    assert "import 'pydantic' #" in run.stderr
     assert not [name for name in HEAVY if f"import '{name}' #" in run.stderr]
 
 
@@ -111,8 +112,9 @@ def test_slurm_variables_make_train_py_a_rank(tmp_path: Path) -> None:
             env=user_environment()
             | {
                 "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-                "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
-                "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train",
+                "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "4", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train",
+                "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2",
+                "SLURM_JOB_NODELIST": "elsewhere[1-4]", "SLURM_TASKS_PER_NODE": "2(x4)",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

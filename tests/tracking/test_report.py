@@ -1,7 +1,6 @@
 """Runs are found where they lie, and shown side by side with nothing cut."""
 
 import io
-import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from tests.tracking.examples import record, results
 from tracking.report import print_runs
 from tracking.sources import Run, read_run, read_runs
-from tracking.status import RunStatus, ended, running
+from tracking.status import ended, running
 
 
 def job(folder: Path, *, error: str | None = None, with_record: bool = True, name: str = "first") -> None:
@@ -58,7 +57,12 @@ def test_a_failed_job_is_a_run_with_its_error(tmp_path: Path) -> None:
 
 
 def test_a_job_whose_dispatcher_vanished_is_lost(tmp_path: Path) -> None:
-    RunStatus(name="x", strategy="ddp", state="running", started=time.time(), dispatcher_pid=2**22 + 1).write(tmp_path)
+    me = running("x", "ddp")
+    assert me.dispatcher is not None
+    host, pid, started = me.dispatcher
+    me.write(tmp_path)
+    assert read_run(tmp_path).state == "running"
+    me.model_copy(update={"dispatcher": (host, pid, started - 1)}).write(tmp_path)  # its pid was given to another
     assert read_run(tmp_path).state == "lost"
     (tmp_path / "status.json").unlink()
     (tmp_path / "resolved.yaml").touch()
