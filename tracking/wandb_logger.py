@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import psutil
+import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import AuthenticationError
 from wandb.sdk.lib import wbauth
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-import wandb
 from tracking.record import RunRecord
 from tracking.redact import redact
 from tracking.wandb_config import WandbConfig

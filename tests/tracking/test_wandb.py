@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any, Protocol
@@ -47,14 +47,15 @@ class Program(Protocol):
 
 
 @pytest.fixture(scope="module")
-def train() -> Iterator[Program]:
-    """Runs the program in a git repository whose remote holds a secret, and sees that it leaves no process."""
+def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """Runs the program in a git repository whose remote holds a secret; in the end, sees that no process is left."""
     command = [sys.executable, "-m", "tests.tracking.wandb_program"]
     with subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, text=True) as warm:
         assert warm.stdin is not None and warm.stdout is not None
         assert warm.stdout.readline() == "ready\n"
         yield partial(run_program, warm)
         warm.stdin.close()
+    assert left_over(tmp_path_factory.getbasetemp()) == []
 
 
 def run_program(warm: Popen[str], folder: Path, mode: str = "auto", accident: str = "none", **variables: str) -> Done:
@@ -77,24 +78,24 @@ def run_program(warm: Popen[str], folder: Path, mode: str = "auto", accident: st
     wall_s = time.monotonic() - start
     done = Done(wall_s=wall_s, **{name: Path(path).read_text() for name, path in outputs.items()})
     assert exit_code == "0", done.stderr
-    assert left_over(folder / "home") == []
     return done
 
 
-def left_over(home: Path) -> list[str]:
-    """Command lines of the living processes that were started under this test's HOME, 10 s after it at the latest."""
+def left_over(base: Path) -> list[str]:
+    """What is still alive, 10 s later at the latest, of the processes whose HOME lies under `base`."""
     deadline = time.monotonic() + 10
-    while (found := living(home)) and time.monotonic() < deadline:
+    while (found := living(base)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return found
 
 
-def living(home: Path) -> list[str]:
+def living(base: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("HOME") == str(home):
-                found.append(" ".join(process.cmdline()))
+            home = process.environ().get("HOME", "")
+            if process.status() != psutil.STATUS_ZOMBIE and Path(home).is_relative_to(base):
+                found.append(f"{home}: {process.cmdline()}")
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
@@ -109,16 +110,22 @@ def told(done: Done) -> list[str]:
     return done.stderr.splitlines()
 
 
-def inspect(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(summary, records) of the only run in `folder`, as W&B's own reader tells them."""
+def leet(folder: Path, *words: str) -> str:
+    """What W&B's own reader tells of the only run in `folder`."""
     (file,) = (folder / "run" / "wandb").glob("*run-*/*.wandb")
+    command = [str(WANDB), "leet", "inspect", *words, "--json", str(file)]
+    env = environment(folder / "home")
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=True).stdout
 
-    def leet(*words: str) -> str:
-        command = [str(WANDB), "leet", "inspect", *words, "--json", str(file)]
-        env = environment(folder / "home")
-        return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=True).stdout
 
-    return json.loads(leet("--summary")), [json.loads(line) for line in leet().splitlines()]
+@cache
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads(leet(folder, "--summary"))
+
+
+@cache
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in leet(folder).splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +144,7 @@ def test_without_a_key_the_run_is_offline_and_says_nothing(offline: Offline) -> 
 
 
 def test_group_job_type_name_tags_and_config_are_there(offline: Offline) -> None:
-    summary, records = inspect(offline[0])
+    summary, records = summary_of(offline[0]), records_of(offline[0])
     run = next(record["run"] for record in records if record["type"] == "run")
     assert (run["project"], run["run_group"], run["job_type"]) == ("concord", "sweep-7", "ddp")
     assert (run["display_name"], run["tags"]) == ("first", ["from-config", "from-caller"])
@@ -152,7 +159,7 @@ def test_group_job_type_name_tags_and_config_are_there(offline: Offline) -> None
 
 
 def test_every_row_has_its_step_and_tokens(offline: Offline) -> None:
-    _, records = inspect(offline[0])
+    records = records_of(offline[0])
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     rows = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
     assert rows == [
@@ -166,7 +173,7 @@ def test_every_row_has_its_step_and_tokens(offline: Offline) -> None:
 
 
 def test_the_summary_is_the_record_and_the_least_validation_loss(offline: Offline) -> None:
-    summary = inspect(offline[0])[0]["summary"]
+    summary = summary_of(offline[0])["summary"]
     results = {key.removeprefix("record/"): value for key, value in summary.items() if key.startswith("record/")}
     assert results == record().results.model_dump(mode="json")
     assert summary["val/loss"] == {"min": 2}
@@ -182,7 +189,7 @@ def test_no_secret_is_in_any_byte_of_the_run(offline: Offline) -> None:
 
 def test_a_failed_run_is_marked_as_failed(tmp_path: Path, train: Program) -> None:
     train(tmp_path, accident="run fails")
-    assert inspect(tmp_path)[0]["exit_code"] == 1
+    assert summary_of(tmp_path)["exit_code"] == 1
 
 
 def test_a_disabled_run_leaves_nothing(tmp_path: Path, train: Program) -> None:
@@ -198,7 +205,7 @@ def check_fallback(folder: Path, done: Done, host: str, reason: str) -> None:
     assert done.wall_s - seconds(done, "start") - seconds(done, "finish") < 10  # its exit waits for nobody
     (run,) = (folder / "run" / "wandb").glob("*run-*")
     assert line.endswith(f"wandb sync {run}")
-    assert inspect(folder)[0]["summary"]["train/loss"] == 1.25
+    assert summary_of(folder)["summary"]["train/loss"] == 1.25
     assert not any(KEY.encode() in path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file())
 
 
@@ -275,7 +282,7 @@ def test_a_server_lost_on_the_way_neither_fails_nor_holds_the_run_and_it_can_be_
     assert address.startswith("W&B: http")
     assert seconds(done, "finish") < 3 + 5
     assert line.startswith("W&B: the run is not all uploaded (")
-    assert inspect(tmp_path)[0]["summary"]["record/val_loss"] == 2.5  # all of it is on disk
+    assert summary_of(tmp_path)["summary"]["record/val_loss"] == 2.5  # all of it is on disk
     command = shlex.split(line.partition("do later: ")[2])
     assert command[:3] == ["wandb", "sync", "--include-online"]
     with serve(tmp_path / "later") as variables:
