@@ -95,6 +95,10 @@ def test_strategy_table_names_every_preset() -> None:
     assert presets == set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "<!--" not in README
+
+
 def test_makefile_targets_are_listed_by_help() -> None:
     listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
