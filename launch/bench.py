@@ -33,6 +33,13 @@ def batches(data: SampledData, rank: int, world_size: int) -> Iterator[Tensor]:
         yield torch.from_numpy(samples.batch(indices)[0])
 
 
+def now(device: torch.device) -> float:
+    """The time once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class BareLoop(pl.Callback):
     """After each step of the Trainer's, one step of the same model, data and optimizer in plain PyTorch."""
 
@@ -54,11 +61,11 @@ class BareLoop(pl.Callback):
         self.mark = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
-        self.trainer_s.append(time.perf_counter() - self.mark)
-        began = time.perf_counter()
+        began = now(trainer.strategy.root_device)
+        self.trainer_s.append(began - self.mark)
         self.bare_step()
-        self.bare_s.append(time.perf_counter() - began)
-        self.mark = time.perf_counter()
+        self.mark = now(trainer.strategy.root_device)
+        self.bare_s.append(self.mark - began)
 
     def bare_step(self) -> None:
         batch = next(self.batches).to(next(self.net.parameters()).device)
@@ -74,8 +81,8 @@ class BareLoop(pl.Callback):
 
 def measure_overhead(job: Job) -> None:
     """Train `job` on this rank beside a bare loop; rank 0 prints both medians and their ratio."""
-    if job.accumulation != 1:
-        raise ValueError(f"bench overhead compares single forwards, but accumulation is {job.accumulation}.")
+    if job.accumulation != 1 or job.strategy.name != "ddp" or job.config.precision.name != "fp32":
+        raise ValueError("bench overhead compares strategy=ddp, precision=fp32, accumulation 1; leave them so.")
     bare = BareLoop(job)
     train(job, callbacks=[bare])
     if int(os.environ["RANK"]) == 0:

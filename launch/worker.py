@@ -50,6 +50,7 @@ from tracking.evidence import EvidenceRecorder, ShowsState
 from tracking.meter import Meter, measure_peak_flops
 from tracking.progress import Progress
 from tracking.record import RunRecord, environment
+from tracking.redact import redact
 from tracking.wandb_logger import finish_wandb, log_record, start_wandb
 
 
@@ -168,13 +169,14 @@ def train(
     torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not TF32
     seed_everything(config.seed, workers=True, verbose=False)
     model = build_model(config)
+    peak_flops = None if config.evidence else peak_of_device(config)  # first, while all ranks are at the same point
     stats = size_of(model, job) if rank == 0 else None  # no other rank logs or records it
     run_id = secrets.token_hex(4)
     sinks = loggers(job, rank, run_id)
     completed = False
     try:
         engine = build_engine(job)
-        meter = build_meter(job, engine, stats)
+        meter = build_meter(job, engine, stats, peak_flops)
         progress = Progress(meter, terminal=terminal, log=log)
         own: list[Callback] = [LeaveWord(job.run_dir, rank), ValidateAtEnd(), meter, progress]
         if config.evidence:
@@ -189,17 +191,20 @@ def train(
         finish_wandb(sinks, ok=completed)
 
 
-def build_meter(job: Job, engine: Strategy, stats: record.Stats | None) -> Meter:
-    config = job.config
+def peak_of_device(config: RunConfig) -> float:
+    """FLOP/s that this rank's device gives when every rank computes at once."""
     on_gpu = config.launcher.accelerator == "gpu"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    timed = not config.evidence
+    return measure_peak_flops(getattr(torch, config.precision.compute), device)
+
+
+def build_meter(job: Job, engine: Strategy, stats: record.Stats | None, peak_flops: float | None) -> Meter:
     return Meter(
         samples_per_step=job.data.global_batch_size,
         tokens_per_sample=job.data.tokens_per_sample,
         flops_per_sample=stats.flops_per_sample if stats else None,
-        peak_flops=measure_peak_flops(getattr(torch, config.precision.compute), device) if timed else None,
-        log_every_steps=config.trainer.log_every_steps,
+        peak_flops=peak_flops,
+        log_every_steps=job.config.trainer.log_every_steps,
         started_at=STARTED,
         offers=lambda: {"optim/grad_norm": cast(ShowsState, engine).gradient_norm()},
     )
@@ -216,7 +221,7 @@ def record_of(job: Job, run_id: str, meter: Meter, stats: record.Stats) -> RunRe
         model=str(config.choices.get("model")),
         data=str(config.choices.get("data")),
         seed=config.seed,
-        config=config.model_dump(),
+        config=redact(config.model_dump()),  # records are shared
         config_hash=config.hash,
         environment=environment(
             device=torch.cuda.get_device_name() if on_gpu else None,
