@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -58,7 +59,8 @@ def main() -> int:
     except SignalException as error:
         return 128 + error.sigval
     if failed:
-        (run_dir / "ranks" / "exit_codes.json").write_text(json.dumps(failed))
+        with suppress(OSError):  # on a full disk the exit code alone must do
+            (run_dir / "ranks" / "exit_codes.json").write_text(json.dumps(failed))
     return EXIT_RANK_FAILED if failed else 0
 
 

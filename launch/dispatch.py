@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ LAUNCHER_VARIABLES = (
 
 # Ranks that are told to end get this long before they are killed; a failed run is to be over within 30 s.
 SHUTDOWN_S = 10
+
+FULL_BYTES = 2**20  # less than this left is a full disk: logs and records no longer fit
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -60,7 +63,8 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]]) 
             run_dir
         )
         raise
-    final.write(run_dir)
+    with suppress(OSError):  # on a full disk the line on the terminal and the exit code must do
+        final.write(run_dir)
     return final
 
 
@@ -144,6 +148,8 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
         error = f"the agent that runs the ranks {word}; see {job.run_dir / 'ranks'}"
     else:
         error = failure.line(job.run_dir, job.world_size)
+    if shutil.disk_usage(job.run_dir).free < FULL_BYTES:
+        error = f"run_dir={job.run_dir}: its disk is full; free some space or choose another. Then: {error}"
     return ended(status, "failed", error=error, exit_code=EXIT_FAILED)
 
 

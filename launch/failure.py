@@ -6,6 +6,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.output import log_path
 
@@ -59,6 +60,14 @@ def oom_kills() -> int:
     return int(counters.get("oom_kill", 0))
 
 
+def read_word(path: Path) -> Any:
+    """What was left in a file, None if there is none or a full disk cut it short."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def signal_cause(number: int, oom_kills_before: int) -> str:
     name = signal.Signals(number).name
     if number == signal.SIGKILL and oom_kills() > oom_kills_before:
@@ -71,16 +80,12 @@ def first_failure(run_dir: Path, oom_kills_before: int) -> Failure | None:
 
     A rank that dies by a signal leaves no word, while its peers then complain of a lost connection: so signals lead.
     """
-    codes_path = run_dir / "ranks" / "exit_codes.json"
-    codes = (
-        {int(rank): code for rank, code in json.loads(codes_path.read_text()).items()} if codes_path.exists() else {}
-    )
+    codes = {int(rank): code for rank, code in (read_word(run_dir / "ranks" / "exit_codes.json") or {}).items()}
     for rank, code in sorted(codes.items()):
         if code < 0 and -code != signal.SIGTERM:
             return Failure(rank=rank, cause=signal_cause(-code, oom_kills_before))
-    words = [
-        (json.loads(path.read_text()), int(path.name.split(".")[0])) for path in run_dir.glob("ranks/*.error.json")
-    ]
+    paths = run_dir.glob("ranks/*.error.json")
+    words = [(word, int(path.name.split(".")[0])) for path in paths if (word := read_word(path)) is not None]
     # The agent lists the ranks that fell first; what the others then say is the echo of it.
     words = [(word, rank) for word, rank in words if not codes or rank in codes]
     if words:

@@ -23,6 +23,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO, cast
@@ -69,7 +70,8 @@ class LeaveWord(Callback):
         self.run_dir, self.rank = run_dir, rank
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        record_error(self.run_dir, self.rank, exception)
+        with suppress(OSError):  # the disk may be what is full
+            record_error(self.run_dir, self.rank, exception)
 
 
 def build_model(config: RunConfig) -> LightningModule:
@@ -260,9 +262,10 @@ def leave_word(run_dir: Path, rank: int) -> Callable[[type[BaseException], BaseE
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        record_error(run_dir, rank, error)
-        with log_path(run_dir, rank).open("a") as log:
-            traceback.print_exception(kind, error, trace, file=log)
+        with suppress(OSError):  # on a full disk there is no place for last words
+            record_error(run_dir, rank, error)
+            with log_path(run_dir, rank).open("a") as log:
+                traceback.print_exception(kind, error, trace, file=log)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_FAILED)
