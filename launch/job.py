@@ -63,7 +63,7 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
         check_joined(config, accelerator, world_size, local_world_size or world_size)
     try:
         mesh = strategy.mesh.resolve(devices)
-        strategy.check(None, mesh.world_size)
+        strategy.check(None, mesh.world_size, precision=config.precision, accelerator=accelerator)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if world_size is not None and mesh.world_size != world_size:

@@ -40,7 +40,7 @@ def main() -> None:
             f"({', '.join(sorted(strategy.needs))}); give {type(model).__name__} a `plan: ParallelPlan`."
         )
     plan.require(strategy.needs, type(model).__name__)
-    strategy.check(plan, strategy.mesh.world_size)
+    strategy.check(plan, strategy.mesh.world_size, precision=config.precision, accelerator=config.launcher.accelerator)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import secrets
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -129,6 +129,7 @@ def build_engine(job: Job) -> Strategy:
         seed=config.seed,
         accelerator=config.launcher.accelerator,
         timeout_s=config.launcher.timeout_s,
+        micro_batch_size=job.data.micro_batch_size,
     )
 
 
@@ -185,7 +186,7 @@ def train(
             own.append(EvidenceRecorder(job.run_dir))
         build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
         if stats is not None:
-            result = record_of(job, run_id, meter, stats)
+            result = record_of(job, run_id, meter, stats, cast(ShowsState, engine).dtypes)
             result.write(job.run_dir / "record.json")
             log_record(sinks, result)
         completed = True
@@ -212,7 +213,8 @@ def build_meter(job: Job, engine: Strategy, stats: record.Stats | None, peak_flo
     )
 
 
-def record_of(job: Job, run_id: str, meter: Meter, stats: record.Stats) -> RunRecord:
+def record_of(job: Job, run_id: str, meter: Meter, stats: record.Stats, dtypes: Mapping[str, str]) -> RunRecord:
+    """The run's record; the formats in it are those that were found in use."""
     config = job.config
     on_gpu = config.launcher.accelerator == "gpu"
     return RunRecord(
@@ -231,7 +233,7 @@ def record_of(job: Job, run_id: str, meter: Meter, stats: record.Stats) -> RunRe
         ),
         world_size=job.world_size,
         mesh=record.Mesh(**job.mesh.sizes),
-        precision=record.Precision(**vars(config.precision)),
+        precision=record.Precision(**vars(config.precision) | dict(dtypes)),
         model_stats=stats,
         batch=record.Batch(
             global_=job.data.global_batch_size,
@@ -251,6 +253,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # Lightning 2.6 asks torch's pytree in a way that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # metrics.csv lies in the run folder itself, beside files that are there before it.
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
 

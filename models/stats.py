@@ -26,6 +26,7 @@ class ModelStats:
     """
 
     parameters: int  # each once, a tied one too
+    parameter_sizes: tuple[int, ...]  # elements of each, in the order of `module.parameters()`
     parameters_by_unit: dict[str, int]  # a tied one in its first unit
     flops_per_sample: int  # forward and backward of `training_step`
     forward_flops_by_unit: dict[str, int]
@@ -52,6 +53,7 @@ def measure(module: LightningModule, sample: Any) -> ModelStats:
     module.zero_grad(set_to_none=True)
     return ModelStats(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
+        parameter_sizes=tuple(parameter.numel() for parameter in module.parameters()),
         parameters_by_unit=_parameters_by_unit(units),
         flops_per_sample=counter.get_total_flops() - recomputed.flops,
         forward_flops_by_unit=forward_flops,

@@ -1,4 +1,8 @@
-"""Benchmarks: `python scripts/bench.py overhead [override ...]` compares our Trainer with a bare PyTorch loop."""
+"""Benchmarks of Concord's Trainer against bare loops, interleaved step by step in the same processes.
+
+python scripts/bench.py overhead [override ...]   our DDP and a plain PyTorch loop
+python scripts/bench.py zero [override ...]       our ZeRO-1, 2 and 3, each with a plain DeepSpeed loop
+"""
 
 import os
 import subprocess
@@ -12,8 +16,7 @@ from launch.compose import REPOSITORY, compose
 from launch.dispatch import prepare
 from launch.schema import ConfigError
 
-OVERHEAD = [
-    "strategy=ddp",
+SETTING = [
     "launcher.devices=2",
     "model=gpt_small",
     "data.tokenizer=bpe",
@@ -24,33 +27,42 @@ OVERHEAD = [
     "data.max_val_samples=8",
     "logger=none",
 ]
+BENCHMARKS = {"overhead": ["ddp"], "zero": ["zero1", "zero2", "zero3"]}
 
 
-def overhead(overrides: list[str]) -> int:
-    """Run this script once per rank under torchrun; there, measure."""
-    if "RANK" in os.environ:
-        from launch.bench import measure_overhead
-
-        run_dir = Path(os.environ["BENCH_DIR"])
-        tree = compose([*OVERHEAD, *overrides, f"run_dir='{run_dir}'"])
-        measure_overhead(prepare(tree, int(os.environ["WORLD_SIZE"]), write=os.environ["RANK"] == "0"))
-        return 0
+def measure(strategy: str, overrides: list[str]) -> int:
+    """Run this script once per rank under torchrun, as `rank`."""
+    words = [f"strategy={strategy}", *SETTING, *overrides]
     with tempfile.TemporaryDirectory() as folder:
-        tree = compose([*OVERHEAD, *overrides, f"run_dir='{folder}'"])
-        job = prepare(tree)
+        job = prepare(compose([*words, f"run_dir='{folder}'"]))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.world_size}"]
         environment = os.environ | {
-            "BENCH_DIR": folder,
             "OMP_NUM_THREADS": str(job.config.launcher.threads_per_rank),
             "PYTHONPATH": str(REPOSITORY),
         }
-        return subprocess.run([sys.executable, *torchrun, __file__, "overhead", *overrides], env=environment).returncode
+        command = [sys.executable, *torchrun, __file__, "rank", *words, f"run_dir='{folder}'"]
+        return subprocess.run(command, env=environment).returncode
+
+
+def rank(words: list[str]) -> int:
+    from launch.bench import measure_overhead
+
+    measure_overhead(prepare(compose(words), int(os.environ["WORLD_SIZE"]), write=os.environ["RANK"] == "0"))
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    match arguments:
+        case ["rank", *words]:
+            return rank(words)
+        case [name, *overrides] if name in BENCHMARKS:
+            return max(measure(strategy, overrides) for strategy in BENCHMARKS[name])
+    print(__doc__, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["overhead"]:
-        sys.exit("usage: python scripts/bench.py overhead [override ...]")
     try:
-        sys.exit(overhead(sys.argv[2:]))
+        sys.exit(main(sys.argv[1:]))
     except (ConfigError, ValueError) as error:
         sys.exit(str(error))

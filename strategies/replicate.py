@@ -8,23 +8,47 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from models.plan import ParallelPlan
-from strategies.spec import STRICT, Precision, Strategy
+from strategies.spec import BYTES, STRICT, Memory, Precision, Strategy, Traffic, Transfer, Workload, only_data_axis
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy as Engine
+
+    from models.stats import ModelStats
+
+
+def whole_model(stats: ModelStats, workload: Workload) -> Memory:
+    """What a rank holds that keeps all of the model: weights, gradients in the same format, master copy, moments."""
+    precision = workload.precision
+    parameter, master = BYTES[precision.parameter], BYTES[precision.master]
+    copies = workload.moments + precision.copies_master
+    return Memory(
+        parameters=stats.parameters * parameter,
+        # Where the optimizer works on a wider copy of the weights, the gradient is widened for its step.
+        gradients=stats.parameters * (parameter + precision.copies_master * master),
+        optimizer=stats.parameters * copies * master,
+        buffers=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Single(Strategy):
     """One process, one device: what every other strategy is compared with."""
 
-    def check(self, plan: ParallelPlan | None, world_size: int) -> None:
+    def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
         if world_size != 1:
             raise ValueError(
                 f"strategy={self.name} is one process, got {self.mesh.text}; for more choose strategy=ddp."
             )
 
-    def build(self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float) -> Engine:
+    def memory(self, stats: ModelStats, workload: Workload) -> Memory:
+        return whole_model(stats, workload)
+
+    def traffic(self, stats: ModelStats, workload: Workload) -> Traffic:
+        return ()
+
+    def build(
+        self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int
+    ) -> Engine:
         from strategies.engines.replicate import SingleEngine
 
         return SingleEngine(precision=precision, seed=seed, accelerator=accelerator)
@@ -36,15 +60,21 @@ class DDP(Strategy):
 
     bucket_mb: PositiveInt = 25  # torch's default; smaller buckets overlap sooner, larger ones cost fewer calls
 
-    def check(self, plan: ParallelPlan | None, world_size: int) -> None:
-        for axis in ("pipe", "tensor"):
-            if self.mesh.sizes[axis] != 1:
-                raise ValueError(
-                    f"strategy.mesh.{axis}={self.mesh.sizes[axis]}: strategy={self.name} spreads over the data axis "
-                    f"only; set it to 1."
-                )
+    def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
+        only_data_axis(self)
 
-    def build(self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float) -> Engine:
+    def memory(self, stats: ModelStats, workload: Workload) -> Memory:
+        """Gradients are views of the buckets that are reduced: no further buffer."""
+        return whole_model(stats, workload)
+
+    def traffic(self, stats: ModelStats, workload: Workload) -> Traffic:
+        """Every gradient once per optimizer step, in its own format, however many micro-batches there were."""
+        payload = stats.parameters * BYTES[workload.precision.parameter]
+        return (Transfer(collective="all_reduce", axis="data", ranks=self.mesh.data_ranks, payload=payload),)
+
+    def build(
+        self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int
+    ) -> Engine:
         from strategies.engines.replicate import DDPEngine
 
         return DDPEngine(

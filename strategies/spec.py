@@ -14,9 +14,12 @@ from models.plan import ParallelPlan
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy as Engine
 
+    from models.stats import ModelStats
+
 STRICT = ConfigDict(extra="forbid")
 AxisSize = PositiveInt | Literal["auto"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+BYTES: dict[Dtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # A rehearsal on CPU that was not told otherwise: the fewest processes that still have somebody to talk to.
 REHEARSAL_PROCESSES = 2
@@ -96,10 +99,81 @@ class Precision:
     master: Dtype
 
     @property
+    def autocasts(self) -> bool:
+        """Whether products are taken in another format than the parameters are stored in."""
+        return self.parameter != self.compute
+
+    @property
+    def copies_master(self) -> bool:
+        """Whether the optimizer works on a copy of the weights in a wider format."""
+        return self.parameter != self.master
+
+    @property
     def lightning(self) -> str:
         """The same choice in Lightning's words: "true" stores in the compute format, "mixed" autocasts to it."""
         short = {"float64": "64", "float32": "32", "bfloat16": "bf16", "float16": "16"}[self.compute]
-        return f"{short}-{'true' if self.parameter == self.compute else 'mixed'}"
+        return f"{short}-{'mixed' if self.autocasts else 'true'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What memory and traffic depend on besides the strategy and the model."""
+
+    precision: Precision
+    accumulation: int = 1  # micro-batches of a data rank per optimizer step
+    moments: int = 2  # tensors that the optimizer keeps per parameter besides the weight itself: AdamW 2, momentum 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that one rank holds for the state of the model, by category; activations are not among them.
+
+    Where ranks differ, the rank that holds most. What an allocator adds, and what an operator needs for an instant, is
+    not counted. Padding, where a strategy pads, is part of the category that it pads.
+    """
+
+    parameters: int  # the copy that forward and backward compute with, between steps
+    gradients: int  # at their peak within a step, outside of communication buffers
+    optimizer: int  # master weights (where they are a copy) and moments
+    buffers: int  # communication buffers: gradient buckets, parameters gathered for a moment
+    host: int = 0  # of the above, bytes that lie in the host's memory instead of the device's
+    disk: int = 0  # of the above, bytes that lie on disk
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.buffers
+
+
+Collective = Literal["all_reduce", "reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send", "recv"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """What one rank hands to one kind of collective over one mesh axis in an optimizer step.
+
+    payload: bytes of the whole message: the tensor that is reduced, all parts of what is gathered or scattered.
+    """
+
+    collective: Collective
+    axis: Literal["pipe", "data", "tensor"]
+    ranks: int  # size of the group
+    payload: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a rank sends under the ring algorithms (Patarasuk and Yuan 2009, sections 3 and 4)."""
+        share = (self.ranks - 1) / self.ranks
+        match self.collective:
+            case "all_reduce":
+                return 2 * share * self.payload
+            case "all_gather" | "reduce_scatter" | "all_to_all":
+                return share * self.payload
+            case "recv":
+                return 0.0
+        return float(self.payload) if self.ranks > 1 else 0.0
+
+
+Traffic = tuple[Transfer, ...]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -111,10 +185,38 @@ class Strategy(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()  # parts of ParallelPlan without which this strategy cannot run
 
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Names of DeepSpeed's C++ extensions that must be built before a run can start."""
+        return ()
+
     @abstractmethod
-    def check(self, plan: ParallelPlan | None, world_size: int) -> None:
+    def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
         """Raise ValueError (key, value, fix) if this strategy cannot run so; `plan` is None when `needs` is empty."""
 
     @abstractmethod
-    def build(self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float) -> Engine:
+    def memory(self, stats: ModelStats, workload: Workload) -> Memory:
+        """Bytes per rank, of a strategy whose mesh is resolved."""
+
+    @abstractmethod
+    def traffic(self, stats: ModelStats, workload: Workload) -> Traffic:
+        """What a rank communicates in one optimizer step, in steady state; norms and flags of a few bytes are left out.
+
+        Validation and logging are not in it. The mesh is resolved.
+        """
+
+    @abstractmethod
+    def build(
+        self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int
+    ) -> Engine:
         """The Lightning strategy that trains so; imports torch, so only workers call it."""
+
+
+def only_data_axis(strategy: Strategy) -> None:
+    """ValueError unless the mesh spreads over the data axis alone."""
+    for axis in ("pipe", "tensor"):
+        if strategy.mesh.sizes[axis] != 1:
+            raise ValueError(
+                f"strategy.mesh.{axis}={strategy.mesh.sizes[axis]}: strategy={strategy.name} spreads over the data "
+                f"axis only; set it to 1."
+            )

@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_leaves
 class ShowsState(Protocol):
     """What every engine must be able to show of the state it spreads, whatever it spread and how."""
 
+    dtypes: dict[str, str]
+    """Formats that were really in use, read from the tensors once all was set up: `parameter`, `reduce`, `master`."""
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         """`num_replicas` and `rank`: how many ranks see different samples, and which of them this one is."""

@@ -1,7 +1,7 @@
 """Meta-device nets become real ones here: every parameter gets its first value from (seed, FQN) and nothing else."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +20,31 @@ def owned_meta_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def materialize(root: nn.Module, device: torch.device, seed: int) -> None:
+def nothing(module: nn.Module) -> None:
+    """What most strategies do to a module that has just been made."""
+
+
+def materialize(root: nn.Module, device: torch.device, seed: int, after: Callable[[nn.Module], None] = nothing) -> None:
     """Give the meta-device tensors of `root` storage on `device` and their initial values, module by module.
 
     Values are drawn in float32 on the CPU and then cast, so that they are the same on every device and in every
     precision. Each module's `reset_parameters()` (torch's own convention) draws with a generator seeded by its FQN.
     A parameter shared by two modules stays one parameter, with the values of the module that comes first.
-    Tensors that are not on the meta device keep their values: a net built eagerly is left as it is.
+    Tensors that are not on the meta device keep their values: a net built eagerly is left as it is. `after` is called
+    for every module once it holds its own tensors (not yet its children theirs), so that they can be sharded at once.
 
     Raises ValueError naming the module if it holds a parameter but has no `reset_parameters`.
     """
     made: dict[Tensor, Tensor] = {}
     for fqn, module in root.named_modules():
         owned = dict(owned_meta_tensors(module))
-        if not owned:
-            continue
-        fresh = draw(module, owned, fqn, seed)
+        fresh = draw(module, owned, fqn, seed) if owned else {}
         for name, meta in owned.items():
             if meta not in made:
                 value = fresh[name].to(device=device, dtype=meta.dtype)
                 made[meta] = nn.Parameter(value, meta.requires_grad) if isinstance(meta, nn.Parameter) else value
             put(module, name, made[meta])
+        after(module)
 
 
 def draw(module: nn.Module, owned: dict[str, Tensor], fqn: str, seed: int) -> dict[str, Tensor]:

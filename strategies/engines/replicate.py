@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import Tensor
 
 from strategies.engines.materialize import materialize
-from strategies.engines.precision import precision_plugin
+from strategies.engines.precision import name, precision_plugin
 from strategies.spec import Precision
 
 
@@ -18,10 +18,15 @@ class WholeModel(Strategy):
     """What holds for every strategy whose ranks each keep all of the model; mixed into a Lightning strategy."""
 
     seed: int
+    dtypes: dict[str, str]
 
     def setup(self, trainer: pl.Trainer) -> None:
         materialize(self.module, self.root_device, self.seed)
         super().setup(trainer)
+        parameter = next(self.module.parameters()).dtype
+        master = self.optimizers[0].param_groups[0]["params"][0].dtype if self.optimizers else parameter
+        # A gradient is reduced in the format that it has.
+        self.dtypes = {"parameter": name(parameter), "reduce": name(parameter), "master": name(master)}
 
     @property
     def module(self) -> pl.LightningModule:
@@ -31,7 +36,9 @@ class WholeModel(Strategy):
     def gradient_norm(self) -> Tensor:
         # DDP has averaged the gradients by now, so every rank's own norm is the norm of the whole.
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        # Squares of bfloat16 gradients are not summed in bfloat16.
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for fqn, parameter in self.module.named_parameters():

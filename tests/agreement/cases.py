@@ -11,8 +11,9 @@ GLOBAL_BATCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One training set-up; `world_size` and `accumulation` belong to the candidate, the rest to its references too."""
+    """One training set-up; strategy, `world_size` and `accumulation` are the candidate's, the rest everybody's."""
 
+    strategy: str = "ddp"
     model: Literal["gpt", "vit"] = "gpt"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     clip: bool = True
@@ -56,7 +57,8 @@ class Case:
 
     @property
     def overrides(self) -> list[str]:
-        return [*self.shared, f"precision={self.precision}", "strategy=ddp", f"launcher.devices={self.world_size}"]
+        choices = [f"precision={self.precision}", f"strategy={self.strategy}", f"launcher.devices={self.world_size}"]
+        return [*self.shared, *choices]
 
     @property
     def reference_overrides(self) -> list[str]:
@@ -68,7 +70,9 @@ class Case:
 
     def __str__(self) -> str:
         switches = [self.model, self.optimizer, "clip" if self.clip else "no-clip", "tied" if self.tied else "untied"]
-        return "-".join([*switches, f"accumulate{self.accumulation}", f"x{self.world_size}", self.precision])
+        return "-".join(
+            [self.strategy, *switches, f"accumulate{self.accumulation}", f"x{self.world_size}", self.precision]
+        )
 
 
 VIT = [
@@ -80,8 +84,9 @@ VIT = [
     "data=digits",
 ]
 
-# Every pair of values of two switches occurs in some case (a covering array of strength 2; a test counts them).
-CASES = [
+# Of each family, every pair of values of two switches occurs in some case (covering arrays of strength 2; a test
+# counts them).
+DDP_CASES = [
     Case(model="gpt", optimizer="adamw", clip=True, tied=False, accumulation=1, world_size=2),
     Case(model="gpt", optimizer="adamw", clip=False, tied=True, accumulation=4, world_size=4),
     Case(model="gpt", optimizer="sgd", clip=True, tied=True, accumulation=1, world_size=4),
@@ -94,4 +99,28 @@ CASES = [
     Case(model="vit", optimizer="adamw", clip=False, accumulation=4, world_size=4),
     Case(model="gpt", optimizer="adamw", clip=True, tied=True, accumulation=4, world_size=2, precision="bf16"),
     Case(model="vit", optimizer="adamw", clip=True, accumulation=1, world_size=1),
+]
+
+ZERO_CASES = [
+    Case(strategy="zero1", model="gpt", optimizer="adamw", clip=False, tied=True, accumulation=4, world_size=4),
+    Case(strategy="zero1", model="vit", optimizer="sgd", clip=True, tied=False, accumulation=1, world_size=2),
+    Case(strategy="zero2", model="gpt", optimizer="adamw", clip=True, tied=True, accumulation=1, world_size=4),
+    Case(strategy="zero2", model="vit", optimizer="sgd", clip=False, tied=False, accumulation=4, world_size=2),
+    Case(strategy="zero3", model="gpt", optimizer="adamw", clip=False, tied=True, accumulation=4, world_size=4),
+    Case(strategy="zero3", model="gpt", optimizer="sgd", clip=False, tied=False, accumulation=1, world_size=4),
+    Case(strategy="zero3", model="vit", optimizer="adamw", clip=True, tied=False, accumulation=1, world_size=2),
+    Case(strategy="zero3_offload", model="gpt", optimizer="sgd", clip=True, tied=True, accumulation=4, world_size=2),
+    Case(strategy="zero3_offload", model="vit", optimizer="adamw", clip=False, accumulation=1, world_size=4),
+]
+
+# In the other formats, references round as coarsely, so agreement is a wider band by itself.
+PRECISION_CASES = [
+    Case(strategy="ddp", tied=True, accumulation=2, precision="bf16_master"),
+    Case(strategy="ddp", precision="bf16_pure"),
+    Case(strategy="zero1", accumulation=2, precision="bf16"),
+    Case(strategy="zero2", accumulation=2, precision="bf16_master"),
+    Case(strategy="zero3", tied=True, accumulation=2, precision="bf16"),
+    Case(strategy="zero3", optimizer="sgd", clip=False, precision="bf16_master"),
+    Case(strategy="zero2", precision="bf16_pure"),
+    Case(strategy="zero3_offload", model="vit", precision="bf16_master"),
 ]

@@ -32,6 +32,33 @@ class AccumulatedTwice(pl.Callback):
             gradient.div_(trainer.accumulate_grad_batches)
 
 
+class DeepSpeedScalesAgain(pl.Callback):
+    """DeepSpeed divides the gradients by the accumulation after Lightning has divided the loss by it."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        engine: Any = trainer.strategy.model
+        backward = engine.backward
+        engine.backward = lambda loss, scale_wrt_gas: backward(loss, scale_wrt_gas=True)
+
+
+class Summed(pl.Callback):
+    """DeepSpeed adds the ranks' gradients up and does not divide them by their number."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizer: Any = trainer.strategy.model.optimizer  # type: ignore[union-attr]
+        optimizer.gradient_average = False
+        optimizer.gradient_predivide_factor = trainer.world_size  # what stage 3 reads
+
+
+class ShardNotStepped(pl.Callback):
+    """The last rank's part of the weights is never updated."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_rank == trainer.world_size - 1:
+            optimizer: Any = trainer.strategy.model.optimizer  # type: ignore[union-attr]
+            optimizer._optimizer_step = lambda group: None
+
+
 class NotAveraged(pl.Callback):
     """Every rank steps with its own gradient."""
 

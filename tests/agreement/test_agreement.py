@@ -1,4 +1,4 @@
-"""DDP computes what one process computes, and every planted fault is caught."""
+"""Every strategy computes what one process computes, and every planted fault is caught."""
 
 import itertools
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import validate
 from launch.worker import train
+from strategies.engines.deepspeed import import_deepspeed
 from tests.agreement import faults
-from tests.agreement.cases import CASES, Case
+from tests.agreement.cases import DDP_CASES, PRECISION_CASES, ZERO_CASES, Case
 from tests.harness import run_ranks
 from tracking.agreement import Check, compare
 from tracking.evidence import Evidence
@@ -51,11 +52,17 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], tup
 def checks_of(case: Case, folder: Path, references: Callable, fault: type | None = None) -> list[Check]:
     candidate = train_case(case.overrides, folder, fault)
     exact, reference = references(case)
-    return compare(exact, reference, candidate, master="float32")
+    return compare(exact, reference, candidate, master="bfloat16" if case.precision == "bf16_pure" else "float32")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_ddp_agrees_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_imported() -> None:
+    """Once, in the process that ranks are forked from."""
+    import_deepspeed(on_gpu=False)
+
+
+@pytest.mark.parametrize("case", [*DDP_CASES, *ZERO_CASES, *PRECISION_CASES], ids=str)
+def test_strategy_agrees_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
     checks = checks_of(case, tmp_path, references)
     assert [check for check in checks if not check.passed] == []
     assert {check.quantity for check in checks} == {"samples", "loss", "gradient norm", "weights", "validation loss"}
@@ -64,32 +71,33 @@ def test_ddp_agrees_with_one_process(case: Case, tmp_path: Path, references: Cal
 # The limit is not tuned to the faults: each goes beyond it by at least this factor (repeated samples: by this many).
 LEAST_EXCESS = 10
 
-MANY = [case for case in CASES if case.world_size > 1 and case.precision == "fp32"]
+MANY = [case for case in DDP_CASES if case.world_size > 1 and case.precision == "fp32"]
+ZERO_TWO_RANKS = [case for case in ZERO_CASES if case.world_size == 2]
 PLANTED = [
     *((faults.AveragedTwice, case) for case in MANY),
-    *((faults.AccumulatedTwice, case) for case in CASES if case.accumulation > 1),
+    *((faults.AccumulatedTwice, case) for case in DDP_CASES if case.accumulation > 1),
     *((faults.NotAveraged, case) for case in MANY),
     *((faults.ClippedByLocalNorm, case) for case in MANY if case.clip),
     *((faults.SamplesRepeated, case) for case in MANY),
     *((faults.OtherInitialWeight, case) for case in MANY),
     *((faults.StepSkipped, case) for case in MANY),
+    *((faults.DeepSpeedScalesAgain, case) for case in ZERO_CASES if case.accumulation > 1),
+    *((faults.Summed, case) for case in ZERO_TWO_RANKS),
+    *((faults.ShardNotStepped, case) for case in ZERO_TWO_RANKS),
+    *((faults.SamplesRepeated, case) for case in ZERO_TWO_RANKS if case.strategy == "zero3"),
 ]
 
 
-def test_cases_hold_every_pair_of_two_switches() -> None:
-    switches: dict[str, list[object]] = {
-        "model": ["gpt", "vit"],
-        "optimizer": ["adamw", "sgd"],
-        "clip": [True, False],
-        "tied": [True, False],
-        "accumulation": [1, 4],
-        "world_size": [1, 2, 4],
-    }
-    for (one, values), (other, others) in itertools.combinations(switches.items(), 2):
-        wanted = set(itertools.product(values, others))
+@pytest.mark.parametrize("cases", [DDP_CASES, ZERO_CASES], ids=["ddp", "zero"])
+def test_cases_hold_every_pair_of_two_switches(cases: list[Case]) -> None:
+    switches = ("strategy", "model", "optimizer", "clip", "tied", "accumulation", "world_size")
+    values = {switch: {getattr(case, switch) for case in cases} for switch in switches}
+    assert {switch for switch in switches[1:] if len(values[switch]) < 2} == set()
+    for one, other in itertools.combinations(switches, 2):
+        wanted = set(itertools.product(values[one], values[other]))
         if {one, other} == {"model", "tied"}:
             wanted.remove(("vit", True))  # it has nothing to tie
-        assert wanted <= {(getattr(case, one), getattr(case, other)) for case in CASES}, (one, other)
+        assert wanted <= {(getattr(case, one), getattr(case, other)) for case in cases}, (one, other)
 
 
 @pytest.mark.parametrize(("fault", "case"), PLANTED, ids=lambda part: getattr(part, "__name__", str(part)))

@@ -1,25 +1,28 @@
 """Meshes, precisions and presets, before any process exists."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hydra.utils import instantiate
 
-from strategies.spec import Mesh, Precision, Strategy
+from launch.compose import compose
+from strategies.spec import Mesh, Precision, Strategy, Transfer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted(path for path in (CONF / "strategy").glob("*.yaml") if not path.name.startswith("_"))
 PRECISIONS = sorted((CONF / "precision").glob("*.yaml"))
+FP32 = Precision(name="fp32", parameter="float32", compute="float32", reduce="float32", master="float32")
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset_is_a_spec_that_bears_its_files_name(path: Path) -> None:
-    strategy = instantiate(yaml.safe_load(path.read_text()), _convert_="all")
+    strategy = instantiate(compose([f"strategy={path.stem}"])["strategy"], _convert_="all")
     assert isinstance(strategy, Strategy)
     assert strategy.name == path.stem
     mesh = strategy.mesh.resolve(None)
-    strategy.check(None, mesh.world_size)
+    strategy.check(None, mesh.world_size, precision=FP32, accelerator="cpu")
 
 
 @pytest.mark.parametrize("path", PRECISIONS, ids=lambda path: path.stem)
@@ -29,6 +32,7 @@ def test_precision_bears_its_files_name_and_lightning_knows_it(path: Path) -> No
     precision = instantiate({"_target_": "strategies.spec.Precision", **yaml.safe_load(path.read_text())})
     assert precision.name == path.stem
     if precision.compute != "float16":  # its loss scaler needs a GPU
+        # MasterWeights is "bf16-true" for Lightning, too: what the optimizer works on, it does not name.
         assert precision_plugin(precision, "cpu").precision == precision.lightning
 
 
@@ -70,3 +74,22 @@ def test_mixed_precision_without_a_plugin_is_refused() -> None:
     odd = Precision(name="odd", parameter="float16", compute="float16", reduce="float16", master="float16")
     with pytest.raises(ValueError, match="precision=odd"):
         precision_plugin(odd, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("collective", "expected"),
+    [
+        ("all_reduce", 150.0),
+        ("all_gather", 75.0),
+        ("reduce_scatter", 75.0),
+        ("all_to_all", 75.0),
+        ("broadcast", 100.0),
+        ("reduce", 100.0),
+        ("send", 100.0),
+        ("recv", 0.0),
+    ],
+)
+def test_wire_bytes_of_100_bytes_over_4_ranks(collective: Any, expected: float) -> None:
+    assert Transfer(collective=collective, axis="data", ranks=4, payload=100).wire_bytes == expected
+    if collective not in ("send", "recv"):
+        assert Transfer(collective=collective, axis="data", ranks=1, payload=100).wire_bytes == 0.0

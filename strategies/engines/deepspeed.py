@@ -1,0 +1,286 @@
+"""ZeRO through DeepSpeed's engine, as a Lightning strategy that works on CPU with gloo as on GPUs with NCCL."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from strategies.engines.materialize import materialize
+from strategies.engines.precision import name
+from strategies.spec import Precision
+
+if TYPE_CHECKING:
+    from strategies.zero import Zero
+
+
+class ZeroEngine(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO engine around the LightningModule.
+
+    Differs from Lightning's own strategy in that it also runs on CPU, that gradients are scaled once under
+    accumulation, that nets are initialised as every other strategy initialises them, and that its optimizer step falls
+    where other strategies have theirs: once per global batch.
+    """
+
+    def __init__(
+        self,
+        spec: Zero,
+        *,
+        precision: Precision,
+        seed: int,
+        accelerator: str,
+        timeout_s: float,
+        micro_batch_size: int,
+    ) -> None:
+        self.on_gpu = accelerator == "gpu"
+        import_deepspeed(on_gpu=self.on_gpu)
+        super().__init__(
+            config={},  # made in setup(), when the model's size is known
+            precision_plugin=DeepSpeedPrecision("bf16-true" if precision.parameter == "bfloat16" else "32-true"),
+            process_group_backend="nccl" if self.on_gpu else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            logging_level=logging.WARNING,
+        )
+        self.spec, self.precision, self.seed, self.micro_batch_size = spec, precision, seed, micro_batch_size
+        self.scaler = LossScale() if precision.compute == "float16" else None
+
+    @property
+    def module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    # --- processes -------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()  # Lightning's refuses everything but CUDA
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        yield  # nets are built on the meta device, and sharded as they are initialised
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        module = self.module
+        self.precision_plugin.convert_module(module)  # in place
+        self.config = self.spec.deepspeed_config(
+            [parameter.numel() for parameter in module.parameters()],
+            precision=self.precision,
+            accumulation=trainer.accumulate_grad_batches,
+            micro_batch_size=self.micro_batch_size,
+            clip_norm=trainer.gradient_clip_val,
+            on_gpu=self.on_gpu,
+        )
+        if self.is_global_zero:
+            (Path(trainer.default_root_dir) / "deepspeed.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        self.make(module)
+        if self.precision.autocasts:
+            autocast_inside(module, self.root_device.type, getattr(torch, self.precision.compute))
+        self.start_engine(module)
+        self.setup_precision_plugin()
+        self.dtypes = self.dtypes_in_use()
+        self.barrier()
+
+    def make(self, module: nn.Module) -> None:
+        """Give the net its first weights; under stage 3 no rank ever holds more of it whole than one module."""
+        if self.spec.stage < 3:
+            materialize(module, self.root_device, self.seed)
+            return
+        import deepspeed
+
+        # A module, though an empty one: only then is zero_optimization.memory_efficient_linear heeded.
+        shards = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
+        materialize(
+            module,
+            self.root_device,
+            self.seed,
+            after=lambda made: shards._convert_to_zero_parameters(made.parameters(recurse=False)),
+        )
+
+    def start_engine(self, module: pl.LightningModule) -> None:
+        import deepspeed
+
+        with shapes_shown(module):
+            optimizers, self.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(module)
+        if len(optimizers) != 1:
+            raise ValueError(
+                f"strategy={self.spec.name} takes one optimizer, {type(module).__name__}.configure_optimizers gives "
+                f"{len(optimizers)}; give one, or choose strategy=ddp."
+            )
+        engine, optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizers[0],
+            model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+            config=self.config,
+            dist_init_required=False,
+        )
+        engine.set_gradient_accumulation_boundary(True)
+        if self.scaler:
+            optimizer.override_loss_scale(self.scaler.value)
+        self.model, self.optimizers = engine, [optimizer]
+
+    # --- the step --------------------------------------------------------------------------------------------------
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        return False  # Lightning says which micro-batch is the last, and steps after that one only
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning runs every micro-batch but a step's last in this context."""
+        self.deepspeed_engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by the accumulation already; DeepSpeed would do it once more.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        engine_optimizer = self.deepspeed_engine.optimizer
+        if self.scaler:
+            engine_optimizer.override_loss_scale(self.scaler.after(overflow=bool(engine_optimizer.overflow)))
+        elif engine_optimizer.overflow:
+            # Other strategies would go on with weights that are no numbers; DeepSpeed leaves the step out, silently.
+            raise RuntimeError(
+                f"strategy={self.spec.name}: the gradients of optimizer step {self.module.trainer.global_step} hold "
+                f"NaN or infinity; lower optimizer.lr, set trainer.clip_norm, or look for a loss that is no number."
+            )
+        return result
+
+    def teardown(self) -> None:
+        super().teardown()
+        # While the process group lives: ZeRO-3 that is left to the interpreter's exit may abort.
+        self.deepspeed_engine.destroy()
+
+    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
+        # See DDPEngine.reduce: Lightning averages batch sizes as integers.
+        return super().reduce(tensor if tensor.is_floating_point() else tensor.double(), group, reduce_op)
+
+    # --- what it shows ---------------------------------------------------------------------------------------------
+
+    def dtypes_in_use(self) -> dict[str, str]:
+        optimizer = self.deepspeed_engine.optimizer
+        masters = (
+            optimizer.single_partition_of_fp32_groups if self.spec.stage < 3 else optimizer.fp32_partitioned_groups_flat
+        )
+        return {
+            "parameter": name(next(self.module.parameters()).dtype),
+            "reduce": name(optimizer.communication_data_type),
+            "master": name(masters[0].dtype),
+        }
+
+    def gradient_norm(self) -> Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        optimizer = self.deepspeed_engine.optimizer
+        if self.spec.stage < 3:
+            scaled = optimizer.scaled_global_norm()
+        else:
+            scaled = combine_grad_norm_groups(optimizer._get_norm_groups())
+        return torch.as_tensor(scaled / optimizer.loss_scale)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        import deepspeed
+
+        if self.spec.stage == 3:
+            self.deepspeed_engine.empty_partition_cache()  # a forward alone prefetches for a backward that never came
+        for fqn, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.spec.stage == 3):
+                weight = parameter.detach().cpu().clone()
+            yield fqn, weight
+
+
+class LossScale:
+    """Dynamic loss scaling as torch.amp.GradScaler does it; DeepSpeed's own only goes with weights in float16.
+
+    DeepSpeed scales the loss, unscales before it clips, finds overflow over all ranks and leaves the step out.
+    """
+
+    GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000  # torch's defaults, so that strategies agree
+
+    def __init__(self) -> None:
+        self.value = 2.0**16
+        self.good_steps = 0
+
+    def after(self, *, overflow: bool) -> float:
+        """The scale for the next step."""
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value *= self.BACKOFF
+        elif self.good_steps % self.GROWTH_INTERVAL == 0:
+            self.value *= self.GROWTH
+        return self.value
+
+
+def autocast_inside(module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    """Every forward of `module` runs under autocast.
+
+    From inside, because DeepSpeed's engine switches off what it finds outside; and not by DeepSpeed's own section
+    `torch_autocast`, which also reduces gradients in `dtype`, and with float16 clips them before they are unscaled.
+    """
+    running: list[torch.autocast] = []
+
+    def enter(*_: Any) -> None:
+        running.append(torch.autocast(device_type, dtype))
+        running[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
+def import_deepspeed(*, on_gpu: bool) -> None:
+    """Import DeepSpeed for the device at hand, without what it would build or compile in vain."""
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # read at the first import
+    from deepspeed.runtime import compiler
+
+    if not on_gpu:
+        # An all-reduce over shared memory that takes a minute to build; gloo's is as fast here.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # DeepSpeed imports its Muon optimizer to see whether ours is one; compiling that one's kernels takes seconds.
+    compiler.compile, kept = lambda: lambda function: function, compiler.compile
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = kept
+
+
+@contextmanager
+def shapes_shown(module: nn.Module) -> Iterator[None]:
+    """Sharded parameters show the shapes of the whole, without its memory: an optimizer may group them by shape."""
+    sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_shape")]
+    held = [parameter.data for parameter in sharded]
+    for parameter in sharded:
+        parameter.data = parameter.new_empty(1).expand(parameter.ds_shape)
+    try:
+        yield
+    finally:
+        for parameter, data in zip(sharded, held, strict=True):
+            parameter.data = data

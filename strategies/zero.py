@@ -1,0 +1,218 @@
+"""ZeRO: data parallelism that shards what DDP replicates (Rajbhandari et al. 2020), run by DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from models.plan import ParallelPlan
+from strategies.spec import (
+    BYTES,
+    STRICT,
+    Dtype,
+    Memory,
+    Precision,
+    Strategy,
+    Traffic,
+    Workload,
+    only_data_axis,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy as Engine
+
+    from models.stats import ModelStats
+
+SHORT: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # DeepSpeed's words
+Device = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Offload:
+    """Where what the device need not hold between uses lies instead."""
+
+    optimizer: Device = "none"  # master weights, moments and the gradients that update them
+    parameters: Device = "none"  # stage 3 only: the shards of the weights
+    nvme_path: str | None = None  # a folder on the disk that is meant; null where nothing goes to nvme
+    pin_memory: bool = True  # page-locked host memory on GPUs: faster copies, and nothing else can use it
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PlusPlus:
+    """ZeRO++ (Wang et al. 2023): less traffic between nodes for stage 3, at the price of memory and exactness."""
+
+    secondary_ranks: PositiveInt = 1  # hpZ: ranks (of a node) that keep a second copy of the shards; 1 = off
+    quantized_weights: bool = False  # qwZ: weights are gathered as int8
+    quantized_gradients: bool = False  # qgZ: gradients are reduced as int4
+
+    @property
+    def chosen(self) -> list[str]:
+        """The options that are on, as keys."""
+        defaults = PlusPlus()
+        return [key for key, value in vars(self).items() if value != getattr(defaults, key)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Zero(Strategy):
+    """Data parallelism whose ranks each own 1/N of the optimizer state (stage 1), gradients (2) and weights (3)."""
+
+    stage: Literal[1, 2, 3]
+    bucket_mb: PositiveFloat | Literal["auto"] = "auto"  # gradients reduced at a time
+    overlap_comm: bool = True  # reduce while backward still runs; takes a second bucket
+    communication_dtype: Dtype | None = None  # gradients are reduced in it; null = the precision's own
+    whole_below: NonNegativeInt | Literal["auto"] = "auto"  # stage 3: a parameter of fewer elements is not sharded
+    live_mb: PositiveFloat | Literal["auto"] = "auto"  # stage 3: parameters gathered ahead of use, at most
+    offload: Offload = Field(default_factory=Offload)
+    plus_plus: PlusPlus = Field(default_factory=PlusPlus)
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return ("async_io",) if "nvme" in (self.offload.optimizer, self.offload.parameters) else ()
+
+    def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
+        only_data_axis(self)
+        self.check_precision(precision)
+        self.check_offload()
+        self.check_plus_plus(precision, accelerator)
+
+    def check_precision(self, precision: Precision) -> None:
+        if precision.parameter not in SHORT:
+            raise ValueError(
+                f"precision={precision.name}: DeepSpeed does not train in {precision.parameter}; choose "
+                f"precision=fp32, or strategy=ddp."
+            )
+        if precision.master == "bfloat16" and self.offload.optimizer != "none":
+            raise ValueError(
+                f"precision={precision.name}: DeepSpeed offloads no optimizer state in bfloat16; choose "
+                f"precision=bf16_master, or strategy.offload.optimizer=none."
+            )
+        if self.communication_dtype not in (None, *SHORT):
+            raise ValueError(
+                f"strategy.communication_dtype={self.communication_dtype}: DeepSpeed reduces in "
+                f"{', '.join(SHORT)}; choose one of them, or null."
+            )
+
+    def check_offload(self) -> None:
+        offload = self.offload
+        if self.stage < 3 and offload.parameters != "none":
+            raise ValueError(
+                f"strategy.offload.parameters={offload.parameters}: stage {self.stage} keeps the weights whole on "
+                f"the device; set it to none, or choose strategy=zero3_offload."
+            )
+        if self.stage < 3 and offload.optimizer == "nvme":
+            raise ValueError(
+                f"strategy.offload.optimizer=nvme: stage {self.stage} offloads to the host's memory only; set it to "
+                f"cpu, or choose strategy=zero3_nvme."
+            )
+        if offload.nvme_path is not None and not Path(offload.nvme_path).is_dir():
+            raise ValueError(
+                f"strategy.offload.nvme_path={offload.nvme_path} is no folder; make it, or set it to null to use the "
+                f"run folder's disk."
+            )
+
+    def check_plus_plus(self, precision: Precision, accelerator: str) -> None:
+        for key in self.plus_plus.chosen:
+            word = f"strategy.plus_plus.{key}={getattr(self.plus_plus, key)}"
+            if self.stage < 3:
+                raise ValueError(f"{word}: ZeRO++ extends stage 3; leave it out, or choose strategy=zero3.")
+            if accelerator == "cpu":
+                raise ValueError(f"{word}: ZeRO++ has kernels for GPUs only; leave it out on CPU.")
+            if key.startswith("quantized") and precision.parameter != "bfloat16":
+                raise ValueError(
+                    f"{word}: only 16-bit weights and gradients are quantized; choose precision=bf16_master."
+                )
+        if self.mesh.data != "auto" and self.mesh.data % self.plus_plus.secondary_ranks:
+            raise ValueError(
+                f"strategy.plus_plus.secondary_ranks={self.plus_plus.secondary_ranks} does not divide the data axis of "
+                f"{self.mesh.data} ranks; choose a divisor, such as the GPUs of a node."
+            )
+
+    def tuned(self, sizes: Sequence[int], element_bytes: int) -> dict[str, int]:
+        total = sum(sizes)
+        bucket = (
+            min(total // 16, 50_000_000) if self.bucket_mb == "auto" else int(self.bucket_mb * 2**20 / element_bytes)
+        )
+        return {"bucket": max(bucket, 1024)}
+
+    def deepspeed_config(
+        self,
+        sizes: Sequence[int],
+        *,
+        precision: Precision,
+        accumulation: int,
+        micro_batch_size: int,
+        clip_norm: float | None,
+        on_gpu: bool,
+    ) -> dict[str, Any]:
+        tuned = self.tuned(sizes, BYTES[precision.reduce])
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": self.overlap_comm,
+            "reduce_bucket_size": tuned["bucket"],
+            "allgather_bucket_size": 2 * tuned["bucket"],
+        }
+        if self.stage == 3:
+            zero |= {
+                "stage3_param_persistence_threshold": 0,
+                "stage3_prefetch_bucket_size": tuned["bucket"],
+                "stage3_max_live_parameters": tuned["bucket"] * 4,
+                "stage3_max_reuse_distance": 0,
+                # Under autocast every Linear would keep its weight in the format of products until backward.
+                "memory_efficient_linear": precision.autocasts,
+            }
+        if self.offload.optimizer != "none":
+            zero["offload_optimizer"] = {
+                "device": self.offload.optimizer,
+                "pin_memory": self.offload.pin_memory and on_gpu,
+            }
+        if self.offload.parameters != "none":
+            zero["offload_param"] = {
+                "device": self.offload.parameters,
+                "pin_memory": self.offload.pin_memory and on_gpu,
+            }
+        communication = self.communication_dtype or precision.reduce
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip_norm or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "communication_data_type": SHORT[communication],
+            "data_types": {"grad_accum_dtype": SHORT[precision.reduce]},
+            "zero_optimization": zero,
+        }
+        if precision.parameter == "bfloat16":
+            pure = not precision.copies_master
+            config["bf16"] = {
+                "enabled": True,
+                "bf16_master_weights_and_grads": pure,
+                "bf16_optimizer_states": pure,
+                "check_grad_overflow": False,  # bfloat16 has float32's range; NaN shows in the loss, as elsewhere
+            }
+        return config
+
+    def memory(self, stats: ModelStats, workload: Workload) -> Memory:
+        raise NotImplementedError
+
+    def traffic(self, stats: ModelStats, workload: Workload) -> Traffic:
+        raise NotImplementedError
+
+    def build(
+        self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int
+    ) -> Engine:
+        from strategies.engines.deepspeed import ZeroEngine
+
+        return ZeroEngine(
+            self,
+            precision=precision,
+            seed=seed,
+            accelerator=accelerator,
+            timeout_s=timeout_s,
+            micro_batch_size=micro_batch_size,
+        )
