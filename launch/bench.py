@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import time
@@ -67,7 +68,7 @@ class BareLoop(pl.Callback, ABC):
         materialize(module, self.device, self.job.config.seed)
         optimizers = module.configure_optimizers()
         self.scheduler = optimizers["lr_scheduler"]["scheduler"]
-        self.make(module.net, optimizers["optimizer"], getattr(trainer.strategy, "config", {}))
+        self.make(module.net, optimizers["optimizer"], copy.deepcopy(getattr(trainer.strategy, "config", {})))
         assert isinstance(self.job.data, SampledData)
         self.batches = batches(self.job.data, trainer.global_rank, trainer.world_size)
         self.mark = now(self.device)
@@ -103,6 +104,8 @@ class BareDeepSpeed(BareLoop):
     def make(self, net: nn.Module, optimizer: Optimizer, config: dict[str, Any]) -> None:
         import deepspeed
 
+        leaves = config["zero_optimization"].get("leaf_module", {"names": []})
+        leaves["names"] = [name.removeprefix("net.") for name in leaves["names"]]  # the bare engine has the net itself
         self.engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config, dist_init_required=False)
 
     def bare_step(self, batch: Tensor) -> None:

@@ -1,5 +1,6 @@
 """ModelStats: how big a model is and what a sample costs, from its net on the meta device."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +27,23 @@ class ModelStats:
     """
 
     parameters: int  # each once, a tied one too
-    parameter_sizes: tuple[int, ...]  # elements of each, in the order of `module.parameters()`
+    shapes: tuple[tuple[int, ...], ...]  # of each parameter, in the order of `module.parameters()`
+    reused: tuple[int, ...]  # elements of parameters that stand in a further place of the net, once for each such place
     parameters_by_unit: dict[str, int]  # a tied one in its first unit
     flops_per_sample: int  # forward and backward of `training_step`
     forward_flops_by_unit: dict[str, int]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of the parameters in each optimizer group: matrices and vectors apart, as in `models.optimize`."""
+        matrices = tuple(i for i, shape in enumerate(self.shapes) if len(shape) >= 2)
+        vectors = tuple(i for i, shape in enumerate(self.shapes) if len(shape) < 2)
+        return tuple(group for group in (matrices, vectors) if group)
 
 
 def measure(module: LightningModule, sample: Any) -> ModelStats:
@@ -53,7 +67,8 @@ def measure(module: LightningModule, sample: Any) -> ModelStats:
     module.zero_grad(set_to_none=True)
     return ModelStats(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
-        parameter_sizes=tuple(parameter.numel() for parameter in module.parameters()),
+        shapes=tuple(tuple(parameter.shape) for parameter in module.parameters()),
+        reused=_reused(module),
         parameters_by_unit=_parameters_by_unit(units),
         flops_per_sample=counter.get_total_flops() - recomputed.flops,
         forward_flops_by_unit=forward_flops,
@@ -111,3 +126,13 @@ def _parameters_by_unit(units: dict[str, nn.Module]) -> dict[str, int]:
         sizes[name] = sum(parameter.numel() for parameter in new)
         counted |= new
     return sizes
+
+
+def _reused(module: nn.Module) -> tuple[int, ...]:
+    seen: set[nn.Parameter] = set()
+    again = []
+    for _, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter in seen:
+            again.append(parameter.numel())
+        seen.add(parameter)
+    return tuple(again)

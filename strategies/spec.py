@@ -121,6 +121,7 @@ class Workload:
 
     precision: Precision
     accumulation: int = 1  # micro-batches of a data rank per optimizer step
+    on_gpu: bool = False
     moments: int = 2  # tensors that the optimizer keeps per parameter besides the weight itself: AdamW 2, momentum 1
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from models.plan import ParallelPlan
+from strategies import zero_costs
 from strategies.spec import (
     BYTES,
     STRICT,
@@ -56,16 +58,31 @@ class PlusPlus:
         return [key for key, value in vars(self).items() if value != getattr(defaults, key)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Sizes in elements that DeepSpeed wants as constants, fitted to one model."""
+
+    bucket: int  # gradients reduced at a time
+    whole_below: int  # stage 3: parameters of at most so many elements stay whole
+    prefetch: int  # stage 3: parameters gathered ahead of use
+    live: int  # stage 3: parameters gathered at a time, beyond which nothing is prefetched
+    sub_group: int  # stage 3: parameters of a rank that are updated at a time
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Zero(Strategy):
     """Data parallelism whose ranks each own 1/N of the optimizer state (stage 1), gradients (2) and weights (3)."""
 
     stage: Literal[1, 2, 3]
     bucket_mb: PositiveFloat | Literal["auto"] = "auto"  # gradients reduced at a time
-    overlap_comm: bool = True  # reduce while backward still runs; takes a second bucket
+    overlap_comm: bool = True  # reduce while backward still runs; stages 1 and 2 take a second bucket for it
+    reduce_to_owner: bool = False  # stages 1, 2: each slice to its owner alone, half the volume in N times the calls
     communication_dtype: Dtype | None = None  # gradients are reduced in it; null = the precision's own
-    whole_below: NonNegativeInt | Literal["auto"] = "auto"  # stage 3: a parameter of fewer elements is not sharded
-    live_mb: PositiveFloat | Literal["auto"] = "auto"  # stage 3: parameters gathered ahead of use, at most
+    unit: Literal["block", "module"] = "block"  # stage 3: what is gathered at once, where the model's plan says blocks
+    whole_below: NonNegativeInt | Literal["auto"] = (
+        "auto"  # stage 3: up to so many elements, a parameter is not sharded
+    )
+    prefetch_mb: NonNegativeFloat | Literal["auto"] = "auto"  # stage 3: parameters gathered ahead of use
     offload: Offload = Field(default_factory=Offload)
     plus_plus: PlusPlus = Field(default_factory=PlusPlus)
 
@@ -131,12 +148,29 @@ class Zero(Strategy):
                 f"{self.mesh.data} ranks; choose a divisor, such as the GPUs of a node."
             )
 
-    def tuned(self, sizes: Sequence[int], element_bytes: int) -> dict[str, int]:
-        total = sum(sizes)
-        bucket = (
-            min(total // 16, 50_000_000) if self.bucket_mb == "auto" else int(self.bucket_mb * 2**20 / element_bytes)
+    def tune(self, sizes: Sequence[int], precision: Precision, *, on_gpu: bool) -> Tuning:
+        """DeepSpeed's sizes for a model whose parameters have `sizes` elements.
+
+        DeepSpeed's own constants suit models of some billions of parameters: a bucket of 5e8 elements holds all of a
+        smaller model, so that stage 2 saves nothing, and with a reuse distance of 1e9 stage 3 never shards it.
+        """
+        total, largest = sum(sizes), max(sizes)
+        mb = 2**20 / BYTES[precision.parameter]
+        # Ahead of use only where copies run beside products.
+        ahead = min(math.ceil(total / 16), 50_000_000) if on_gpu else 0
+        prefetch = ahead if self.prefetch_mb == "auto" else int(self.prefetch_mb * mb)
+        return Tuning(
+            # 16 reductions of a small model, messages of 100 MB and more of a large one: enough for any network.
+            bucket=min(math.ceil(total / 16), 50_000_000)
+            if self.bucket_mb == "auto"
+            else math.ceil(self.bucket_mb * mb),
+            # Vectors are many and small: gathering each twice costs more time than it saves memory.
+            whole_below=min(total // 1000, 100_000) if self.whole_below == "auto" else self.whole_below,
+            prefetch=prefetch,
+            # Prefetching alone knows no bound: it would gather all of the model.
+            live=2 * prefetch + largest,
+            sub_group=max(math.ceil(total / self.mesh.data_ranks / 8), largest, 10_000_000),
         )
-        return {"bucket": max(bucket, 1024)}
 
     def deepspeed_config(
         self,
@@ -146,46 +180,29 @@ class Zero(Strategy):
         accumulation: int,
         micro_batch_size: int,
         clip_norm: float | None,
+        blocks: Sequence[str],
+        nvme: Path,
         on_gpu: bool,
     ) -> dict[str, Any]:
-        tuned = self.tuned(sizes, BYTES[precision.reduce])
-        zero: dict[str, Any] = {
-            "stage": self.stage,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "overlap_comm": self.overlap_comm,
-            "reduce_bucket_size": tuned["bucket"],
-            "allgather_bucket_size": 2 * tuned["bucket"],
-        }
+        """DeepSpeed's configuration of a run (https://www.deepspeed.ai/docs/config-json).
+
+        sizes: elements of each parameter. blocks: FQNs of the plan's blocks. nvme: folder for what is offloaded to
+        disk, this run's own.
+        """
+        tuning = self.tune(sizes, precision, on_gpu=on_gpu)
+        section = self.base_section(tuning)
         if self.stage == 3:
-            zero |= {
-                "stage3_param_persistence_threshold": 0,
-                "stage3_prefetch_bucket_size": tuned["bucket"],
-                "stage3_max_live_parameters": tuned["bucket"] * 4,
-                "stage3_max_reuse_distance": 0,
-                # Under autocast every Linear would keep its weight in the format of products until backward.
-                "memory_efficient_linear": precision.autocasts,
-            }
-        if self.offload.optimizer != "none":
-            zero["offload_optimizer"] = {
-                "device": self.offload.optimizer,
-                "pin_memory": self.offload.pin_memory and on_gpu,
-            }
-        if self.offload.parameters != "none":
-            zero["offload_param"] = {
-                "device": self.offload.parameters,
-                "pin_memory": self.offload.pin_memory and on_gpu,
-            }
-        communication = self.communication_dtype or precision.reduce
+            section |= self.sharding_section(tuning, precision, blocks)
+        section |= self.offload_section(nvme, on_gpu)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip_norm or 0.0,
-            "zero_allow_untested_optimizer": True,
+            "zero_allow_untested_optimizer": True,  # any of torch's, as everywhere else
             "zero_force_ds_cpu_optimizer": False,
-            "communication_data_type": SHORT[communication],
+            "communication_data_type": SHORT[self.communication_dtype or precision.reduce],
             "data_types": {"grad_accum_dtype": SHORT[precision.reduce]},
-            "zero_optimization": zero,
+            "zero_optimization": section,
         }
         if precision.parameter == "bfloat16":
             pure = not precision.copies_master
@@ -197,11 +214,47 @@ class Zero(Strategy):
             }
         return config
 
+    def base_section(self, tuning: Tuning) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": self.overlap_comm,
+            "reduce_bucket_size": tuning.bucket,
+            "use_multi_rank_bucket_allreduce": not self.reduce_to_owner,
+        }
+
+    def sharding_section(self, tuning: Tuning, precision: Precision, blocks: Sequence[str]) -> dict[str, Any]:
+        return {
+            "sub_group_size": tuning.sub_group,
+            "leaf_module": {"names": list(blocks) if self.unit == "block" else []},
+            "stage3_param_persistence_threshold": tuning.whole_below,
+            "stage3_prefetch_bucket_size": tuning.prefetch,
+            "stage3_max_live_parameters": tuning.live,
+            "stage3_max_reuse_distance": 0,  # else nothing is released in a model of fewer elements
+            # Under autocast every Linear would keep its weight in the format of products until backward.
+            "memory_efficient_linear": precision.autocasts,
+            "zero_hpz_partition_size": self.plus_plus.secondary_ranks,
+            "zero_quantized_weights": self.plus_plus.quantized_weights,
+            "zero_quantized_gradients": self.plus_plus.quantized_gradients,
+        }
+
+    def offload_section(self, nvme: Path, on_gpu: bool) -> dict[str, Any]:
+        section: dict[str, Any] = {}
+        for key, device in (("offload_optimizer", self.offload.optimizer), ("offload_param", self.offload.parameters)):
+            if device != "none":
+                section[key] = {"device": device, "pin_memory": self.offload.pin_memory and on_gpu}
+            if device == "nvme":
+                section[key]["nvme_path"] = str(nvme)
+        return section
+
     def memory(self, stats: ModelStats, workload: Workload) -> Memory:
-        raise NotImplementedError
+        described = zero_costs.sharded_memory if self.stage == 3 else zero_costs.flat_memory
+        return described(self, stats, workload)
 
     def traffic(self, stats: ModelStats, workload: Workload) -> Traffic:
-        raise NotImplementedError
+        """With `prefetch_mb` above 0, some weights are still there in backward: then this is the most that can be."""
+        return zero_costs.traffic(self, stats, workload)
 
     def build(
         self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int

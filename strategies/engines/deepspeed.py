@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.plan import ParallelPlan
 from strategies.engines.materialize import materialize
 from strategies.engines.precision import name
 from strategies.spec import Precision
@@ -54,7 +55,7 @@ class ZeroEngine(DeepSpeedStrategy):
             precision_plugin=DeepSpeedPrecision("bf16-true" if precision.parameter == "bfloat16" else "32-true"),
             process_group_backend="nccl" if self.on_gpu else "gloo",
             timeout=timedelta(seconds=timeout_s),
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,  # it warns of every optimizer that is not its own
         )
         self.spec, self.precision, self.seed, self.micro_batch_size = spec, precision, seed, micro_batch_size
         self.scaler = LossScale() if precision.compute == "float16" else None
@@ -90,6 +91,8 @@ class ZeroEngine(DeepSpeedStrategy):
             accumulation=trainer.accumulate_grad_batches,
             micro_batch_size=self.micro_batch_size,
             clip_norm=trainer.gradient_clip_val,
+            blocks=blocks(module),
+            nvme=self.nvme_folder(trainer),
             on_gpu=self.on_gpu,
         )
         if self.is_global_zero:
@@ -117,6 +120,13 @@ class ZeroEngine(DeepSpeedStrategy):
             self.seed,
             after=lambda made: shards._convert_to_zero_parameters(made.parameters(recurse=False)),
         )
+
+    def nvme_folder(self, trainer: pl.Trainer) -> Path:
+        """A folder of this run's own on the disk that the user has named, or else beside its other files."""
+        run_dir = Path(trainer.default_root_dir)
+        chosen = self.spec.offload.nvme_path
+        # Run folders of a sweep are called 0, 1, 2: with the sweep's own name they are told apart.
+        return run_dir / "nvme" if chosen is None else Path(chosen) / f"{run_dir.parent.name}-{run_dir.name}"
 
     def start_engine(self, module: pl.LightningModule) -> None:
         import deepspeed
@@ -213,6 +223,14 @@ class ZeroEngine(DeepSpeedStrategy):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.spec.stage == 3):
                 weight = parameter.detach().cpu().clone()
             yield fqn, weight
+
+
+def blocks(module: pl.LightningModule) -> list[str]:
+    """FQNs of the blocks that the module's plan names; none where it has no plan."""
+    plan: ParallelPlan = getattr(module, "plan", ParallelPlan(net=""))
+    net = module.get_submodule(plan.net)
+    found = plan.expand(name for name, _ in net.named_modules()).blocks
+    return [f"{plan.net}.{name}".lstrip(".") for name in found]
 
 
 class LossScale:
