@@ -114,6 +114,8 @@ def prepare(
         raise ConfigError(f"{error.filename}: {error.strerror}; free some space, or correct the path.") from None
     if job.strategy.needs:
         preflight.check_model(config, environment(config))
+    if job.extensions:
+        preflight.build_extensions(job.extensions, config.launcher.accelerator, environment(config))
     if write:
         (job.run_dir / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     return job

@@ -37,6 +37,12 @@ class Job:
     def world_size(self) -> int:
         return self.mesh.world_size
 
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Names of DeepSpeed's C++ extensions that this run needs."""
+        adam = ("cpu_adam",) if on_host(self.config) else ()
+        return (*self.strategy.extensions, *adam)
+
     @classmethod
     def of(cls, config: RunConfig) -> Job:
         """The job of a config whose mesh is resolved, as it stands in resolved.yaml."""
@@ -73,6 +79,7 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
         )
     check_precision(config, accelerator)
     check_vocabulary(config)
+    check_optimizer(config, accelerator)
     threads = config.launcher.threads_per_rank
     if threads == "auto":
         threads = max(1, usable_cores() // (local_world_size or mesh.world_size))
@@ -141,6 +148,25 @@ def check_precision(config: RunConfig, accelerator: str) -> None:
         raise ConfigError(
             f"precision={name} scales the loss, and a fused optimizer unscales gradients inside its step, where they "
             f"can be neither clipped nor measured; set optimizer.fused=false."
+        )
+
+
+def on_host(config: RunConfig) -> bool:
+    """Whether the optimizer is the one that works in host memory alone."""
+    return str(config.optimizer.get("_target_")).endswith(".DeepSpeedCPUAdam")
+
+
+def check_optimizer(config: RunConfig, accelerator: str) -> None:
+    """DeepSpeed's optimizer for the CPU must find its state there."""
+    if (
+        on_host(config)
+        and accelerator == "gpu"
+        and config.strategy.get("offload", {}).get("optimizer", "none") == "none"
+    ):
+        raise ConfigError(
+            f"optimizer={config.choices.get('optimizer')} works in host memory, but strategy="
+            f"{config.strategy['name']} keeps the optimizer on the GPU; set strategy.offload.optimizer=cpu (a ZeRO "
+            f"strategy has it), or choose optimizer=adamw."
         )
 
 

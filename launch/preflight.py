@@ -1,12 +1,12 @@
-"""Asks a model for its plan before a run starts, in a process of its own so that the dispatcher imports no torch.
+"""What takes torch to find out or to make before a run starts, in processes of their own: the dispatcher has no torch.
 
-Run by the dispatcher as `python -m launch.preflight`, with the resolved config as JSON on stdin.
+A model's plan is read by `python -m launch.preflight`, with the resolved config as JSON on stdin.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from launch.schema import ConfigError, RunConfig, build_spec, validate
 from strategies.spec import Strategy
@@ -24,6 +24,19 @@ def check_model(config: RunConfig, environment: Mapping[str, str]) -> None:
     )
     if answer.returncode:
         raise ConfigError((answer.stderr.strip().splitlines() or ["model: its plan could not be read"])[-1])
+
+
+def build_extensions(names: Sequence[str], accelerator: str, environment: Mapping[str, str]) -> None:
+    """Have C++ extensions built, with a word on the terminal if that takes time; ConfigError if it cannot be done."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "strategies.engines.extensions", *names],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "DS_ACCELERATOR": {"cpu": "cpu", "gpu": "cuda"}[accelerator]},
+        check=False,
+    )
+    if answer.returncode:
+        raise ConfigError((answer.stderr.strip().splitlines() or [f"{', '.join(names)} could not be built"])[-1])
 
 
 def main() -> None:

@@ -171,6 +171,8 @@ def train(
     quiet()
     torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not TF32
     seed_everything(config.seed, workers=True, verbose=False)
+    if job.extensions:
+        prepare_extensions(job)
     model = build_model(config)
     peak_flops = None if config.evidence else peak_of_device(config)  # first, while all ranks are at the same point
     stats = size_of(model, job) if rank == 0 else None  # no other rank logs or records it
@@ -192,6 +194,15 @@ def train(
         completed = True
     finally:
         finish_wandb(sinks, ok=completed)
+
+
+def prepare_extensions(job: Job) -> None:
+    """Let DeepSpeed load what the dispatcher has had built, whatever the model or the optimizer imports first."""
+    from strategies.engines.deepspeed import import_deepspeed
+    from strategies.engines.extensions import ensure_built
+
+    import_deepspeed(on_gpu=job.config.launcher.accelerator == "gpu")
+    ensure_built(job.extensions)
 
 
 def peak_of_device(config: RunConfig) -> float:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from models.stats import ModelStats
 
 SHORT: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # DeepSpeed's words
+NVME_BUFFERS = 8  # shards on their way from the disk at a time: a layer's weight and bias, and what comes after
 Device = Literal["none", "cpu", "nvme"]
 
 
@@ -85,6 +86,11 @@ class Zero(Strategy):
     prefetch_mb: NonNegativeFloat | Literal["auto"] = "auto"  # stage 3: parameters gathered ahead of use
     offload: Offload = Field(default_factory=Offload)
     plus_plus: PlusPlus = Field(default_factory=PlusPlus)
+
+    @property
+    def gathers_blocks(self) -> bool:
+        """Whether a block is gathered at once; what is read from nvme comes layer by layer, through a few buffers."""
+        return self.unit == "block" and self.offload.parameters != "nvme"
 
     @property
     def extensions(self) -> tuple[str, ...]:
@@ -193,7 +199,7 @@ class Zero(Strategy):
         section = self.base_section(tuning)
         if self.stage == 3:
             section |= self.sharding_section(tuning, precision, blocks)
-        section |= self.offload_section(nvme, on_gpu)
+        section |= self.offload_section(max(sizes), nvme, on_gpu)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
@@ -227,7 +233,7 @@ class Zero(Strategy):
     def sharding_section(self, tuning: Tuning, precision: Precision, blocks: Sequence[str]) -> dict[str, Any]:
         return {
             "sub_group_size": tuning.sub_group,
-            "leaf_module": {"names": list(blocks) if self.unit == "block" else []},
+            "leaf_module": {"names": list(blocks) if self.gathers_blocks else []},
             "stage3_param_persistence_threshold": tuning.whole_below,
             "stage3_prefetch_bucket_size": tuning.prefetch,
             "stage3_max_live_parameters": tuning.live,
@@ -239,13 +245,17 @@ class Zero(Strategy):
             "zero_quantized_gradients": self.plus_plus.quantized_gradients,
         }
 
-    def offload_section(self, nvme: Path, on_gpu: bool) -> dict[str, Any]:
+    def offload_section(self, largest: int, nvme: Path, on_gpu: bool) -> dict[str, Any]:
         section: dict[str, Any] = {}
         for key, device in (("offload_optimizer", self.offload.optimizer), ("offload_param", self.offload.parameters)):
             if device != "none":
                 section[key] = {"device": device, "pin_memory": self.offload.pin_memory and on_gpu}
             if device == "nvme":
                 section[key]["nvme_path"] = str(nvme)
+        if self.offload.parameters == "nvme":
+            # What nvme is asked for goes there: by its own measure DeepSpeed would keep 1e9 elements in memory.
+            shard = math.ceil(largest / self.mesh.data_ranks)
+            section["offload_param"] |= {"max_in_cpu": 0, "buffer_size": shard, "buffer_count": NVME_BUFFERS}
         return section
 
     def memory(self, stats: ModelStats, workload: Workload) -> Memory:

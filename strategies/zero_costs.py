@@ -161,7 +161,7 @@ def split(sizes: Iterable[int], whole_below: int, ranks: int) -> tuple[int, int]
 
 def largest_unit(spec: Zero, stats: ModelStats) -> int:
     """Elements of the most that is gathered at once: a block where the plan has some, or one layer's parameters."""
-    units = stats.parameters_by_unit.values() if spec.unit == "block" else ()
+    units = stats.parameters_by_unit.values() if spec.gathers_blocks else ()
     return max([*units, *stats.sizes])
 
 

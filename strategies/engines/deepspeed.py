@@ -6,9 +6,10 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,6 +187,16 @@ class ZeroEngine(DeepSpeedStrategy):
         super().teardown()
         # While the process group lives: ZeRO-3 that is left to the interpreter's exit may abort.
         self.deepspeed_engine.destroy()
+        if self.spec.extensions:
+            self.sweep(self.nvme_folder(self.module.trainer))
+
+    def sweep(self, nvme: Path) -> None:
+        """Remove what this rank has on the disk, and the folders that are empty then."""
+        for folder in nvme.rglob(f"rank{self.global_rank}"):
+            shutil.rmtree(folder)
+        for folder in (*sorted(nvme.rglob("*"), reverse=True), nvme):
+            with suppress(OSError):  # another rank's files are still there, or it was faster
+                folder.rmdir()
 
     def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
         # See DDPEngine.reduce: Lightning averages batch sizes as integers.
