@@ -176,9 +176,10 @@ class ZeroEngine(DeepSpeedStrategy):
         if self.scaler:
             engine_optimizer.override_loss_scale(self.scaler.after(overflow=bool(engine_optimizer.overflow)))
         elif engine_optimizer.overflow:
+            step = self.module.trainer.global_step + 1
             # Other strategies would go on with weights that are no numbers; DeepSpeed leaves the step out, silently.
             raise RuntimeError(
-                f"strategy={self.spec.name}: the gradients of optimizer step {self.module.trainer.global_step} hold "
+                f"strategy={self.spec.name}: the gradients of optimizer step {step} hold "
                 f"NaN or infinity; lower optimizer.lr, set trainer.clip_norm, or look for a loss that is no number."
             )
         return result

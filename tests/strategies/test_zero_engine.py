@@ -1,0 +1,192 @@
+"""The DeepSpeed engine: what it writes down, what it never holds whole, what it does when numbers go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+
+from strategies.engines.deepspeed import LossScale, import_deepspeed
+from strategies.engines.extensions import deepspeed_extension, is_current
+from tests.agreement.cases import Case
+from tests.agreement.test_agreement import train_case
+from tracking.agreement import compare
+from tracking.record import RunRecord
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_imported() -> None:
+    """Once, in the process that ranks are forked from."""
+    import_deepspeed(on_gpu=False)
+
+
+def reports(folder: Path, name: str) -> list[Any]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.*.json"))]
+
+
+def report(trainer: pl.Trainer, name: str, content: object) -> None:
+    path = Path(trainer.default_root_dir) / f"{name}.{os.environ['RANK']}.json"
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master", "bf16_pure"])
+def test_record_holds_the_formats_in_use(strategy: str, precision: str, tmp_path: Path) -> None:
+    overrides = Case(strategy=strategy, precision=precision).overrides
+    train_case([*overrides, "trainer.max_steps=1", "data.max_val_samples=4"], tmp_path)
+    found = RunRecord.read(tmp_path / "record.json")
+    assert vars(found.precision) == found.config["precision"]
+
+
+def test_record_names_another_format_of_reduction(tmp_path: Path) -> None:
+    words = ["strategy.communication_dtype=bfloat16", "trainer.max_steps=1"]
+    train_case([*Case(strategy="zero2").overrides, *words], tmp_path)
+    assert RunRecord.read(tmp_path / "record.json").precision.reduce == "bfloat16"
+
+
+def test_run_folder_holds_the_configuration_that_was_used(tmp_path: Path) -> None:
+    train_case([*Case(strategy="zero2", accumulation=4).overrides, "trainer.max_steps=1"], tmp_path)
+    config = json.loads((tmp_path / "deepspeed.json").read_text())
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_clipping"] == pytest.approx(0.3)
+    assert config["zero_optimization"]["stage"] == 2
+
+
+class WholeWhileMade(pl.Callback):
+    """Records the most elements of parameters that a rank holds at once while the net gets its first weights."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+        shard, most = Init._convert_to_zero_parameters, [0]
+
+        def watched(init: object, parameters: Iterable[Tensor]) -> None:
+            held = sum(parameter.numel() for parameter in pl_module.parameters() if not parameter.is_meta)
+            most[0] = max(most[0], held)
+            report(trainer, "made", most[0])
+            shard(init, parameters)
+
+        Init._convert_to_zero_parameters = watched
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        report(trainer, "sizes", [parameter.ds_numel for parameter in pl_module.parameters()])  # type: ignore[attr-defined]
+
+
+def test_stage_3_never_holds_more_than_a_module_while_the_net_is_made(tmp_path: Path) -> None:
+    train_case([*Case(strategy="zero3").overrides, "trainer.max_steps=1"], tmp_path, WholeWhileMade)
+    for most, sizes in zip(reports(tmp_path, "made"), reports(tmp_path, "sizes"), strict=True):
+        assert most == max(sizes) < sum(sizes) / 3
+
+
+class SavedForBackward(pl.Callback):
+    """Records the shapes of the bfloat16 tensors that forward keeps for backward."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.shapes: set[tuple[int, ...]] = set()
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.bfloat16:
+            self.shapes.add(tuple(tensor.shape))
+        return tensor
+
+    def on_before_backward(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.hooks.__exit__()
+        report(trainer, "saved", sorted(self.shapes))
+
+
+@pytest.mark.parametrize(("strategy", "keeps"), [("ddp", True), ("zero3", False)])
+def test_stage_3_keeps_no_cast_weights_for_backward(strategy: str, keeps: bool, tmp_path: Path) -> None:
+    overrides = Case(strategy=strategy, precision="bf16").overrides
+    train_case([*overrides, "trainer.max_steps=1"], tmp_path, SavedForBackward)
+    weight = [64, 32]  # mlp_size, hidden_size
+    for shapes in reports(tmp_path, "saved"):
+        assert (weight in shapes or weight[::-1] in shapes) is keeps
+
+
+class NotANumber(pl.Callback):
+    """The second step's gradient of one weight is not a number, on the last rank."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_rank == trainer.world_size - 1:
+            next(pl_module.parameters()).register_hook(
+                lambda gradient: gradient * float("nan") if trainer.global_step == 1 else gradient
+            )
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_gradient_that_is_no_number_ends_the_run_on_every_rank(strategy: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2 failed") as failure:
+        train_case(Case(strategy=strategy).overrides, tmp_path, NotANumber)
+    assert f"strategy={strategy}: the gradients of optimizer step 2 hold NaN or infinity" in str(failure.value)
+
+
+class TooLargeScale(pl.Callback):
+    """Starts with a loss scale that float16 cannot bear, and records what became of it."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        strategy.scaler.value = 2.0**40
+        strategy.deepspeed_engine.optimizer.override_loss_scale(strategy.scaler.value)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        report(trainer, "scale", [strategy.scaler.value, strategy.deepspeed_engine.skipped_steps])
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_float16_lowers_its_scale_and_leaves_the_step_out(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.job.check_precision", lambda *_: None)  # it asks for a GPU, for speed
+    words = [*Case(strategy=strategy, precision="fp16").overrides, "optimizer.fused=false"]
+    train_case(words, tmp_path, TooLargeScale)
+    for scale, skipped in reports(tmp_path, "scale"):
+        assert skipped > 0
+        assert scale == 2.0 ** (40 - skipped)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_float16_agrees_with_float32_to_its_own_rounding(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.job.check_precision", lambda *_: None)
+    case = Case(strategy=strategy, precision="fp16", optimizer="sgd", accumulation=2)
+    half = train_case([*case.overrides, "optimizer.fused=false"], tmp_path / "half")
+    full = train_case(Case(optimizer="sgd").reference_overrides, tmp_path / "full")
+    assert half.losses == pytest.approx(full.losses, rel=2**-11)
+    for ours, theirs in zip(half.gradient_norms, full.gradient_norms, strict=True):
+        assert ours == pytest.approx(theirs * 2, rel=2**-9)  # on both ranks, unscaled
+
+
+def test_loss_scale_moves_as_torchs_does() -> None:
+    ours, theirs = LossScale(), torch.amp.GradScaler("cpu", growth_interval=LossScale.GROWTH_INTERVAL)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    for step in range(4500):
+        overflow = step in (3, 4, 2500)
+        theirs.scale(torch.zeros(()))
+        weight.grad = torch.full((1,), float("inf") if overflow else 0.0)
+        theirs.step(optimizer)
+        theirs.update()
+        assert ours.after(overflow=overflow) == theirs.get_scale(), step
+
+
+def test_nvme_agrees_with_one_process_and_cleans_up(tmp_path: Path) -> None:
+    if not is_current(deepspeed_extension("async_io")):
+        pytest.skip("async_io is not built here: python -m strategies.engines.extensions async_io")
+    case = Case(strategy="zero3_nvme", accumulation=4, tied=True)
+    candidate = train_case(case.overrides, tmp_path / "nvme-run")
+    exact = train_case(case.exact_overrides, tmp_path / "exact")
+    reference = train_case(case.reference_overrides, tmp_path / "reference")
+    assert [check for check in compare(exact, reference, candidate, master="float32") if not check.passed] == []
+    assert not (tmp_path / "nvme-run/nvme").exists()
