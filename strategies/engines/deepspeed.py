@@ -9,13 +9,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -72,6 +73,7 @@ class ZeroEngine(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()  # Lightning's refuses everything but CUDA
 
     def setup_distributed(self) -> None:
+        reset_seed()  # ranks have drawn different numbers by now; dropout starts as under other strategies
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
@@ -121,6 +123,10 @@ class ZeroEngine(DeepSpeedStrategy):
             self.seed,
             after=lambda made: shards._convert_to_zero_parameters(made.parameters(recurse=False)),
         )
+        # DeepSpeed moves no net that is sharded already: buffers that were not on meta are still where they were made.
+        for part in module.modules():
+            for key, buffer in part.named_buffers(recurse=False):
+                part._buffers[key] = buffer.to(self.root_device)
 
     def nvme_folder(self, trainer: pl.Trainer) -> Path:
         """A folder of this run's own on the disk that the user has named, or else beside its other files."""
@@ -132,7 +138,7 @@ class ZeroEngine(DeepSpeedStrategy):
     def start_engine(self, module: pl.LightningModule) -> None:
         import deepspeed
 
-        with shapes_shown(module):
+        with shapes_shown(module) if self.spec.stage == 3 else nullcontext():
             optimizers, self.lr_scheduler_configs = _init_optimizers_and_lr_schedulers(module)
         if len(optimizers) != 1:
             raise ValueError(
@@ -187,7 +193,8 @@ class ZeroEngine(DeepSpeedStrategy):
     def teardown(self) -> None:
         super().teardown()
         # While the process group lives: ZeRO-3 that is left to the interpreter's exit may abort.
-        self.deepspeed_engine.destroy()
+        if self.model is not self.lightning_module:  # it may be a failed start that is cleared away
+            self.deepspeed_engine.destroy()
         if self.spec.extensions:
             self.sweep(self.nvme_folder(self.module.trainer))
 
@@ -305,7 +312,7 @@ def import_deepspeed(*, on_gpu: bool) -> None:
 @contextmanager
 def shapes_shown(module: nn.Module) -> Iterator[None]:
     """Sharded parameters show the shapes of the whole, without its memory: an optimizer may group them by shape."""
-    sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_shape")]
+    sharded: list[Any] = list(module.parameters())
     held = [parameter.data for parameter in sharded]
     for parameter in sharded:
         parameter.data = parameter.new_empty(1).expand(parameter.ds_shape)
