@@ -40,7 +40,10 @@ class ModelStats:
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Positions of the parameters in each optimizer group: matrices and vectors apart, as in `models.optimize`."""
+        """Positions of the parameters in each optimizer group: matrices and vectors apart, as in `models.optimize`.
+
+        All are taken to be trained; a module's own `configure_optimizers` may group, or leave out, otherwise.
+        """
         matrices = tuple(i for i, shape in enumerate(self.shapes) if len(shape) >= 2)
         vectors = tuple(i for i, shape in enumerate(self.shapes) if len(shape) < 2)
         return tuple(group for group in (matrices, vectors) if group)

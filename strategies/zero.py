@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
     from models.stats import ModelStats
 
 SHORT: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # DeepSpeed's words
+# Parameters, products, reductions, master weights: what an engine here really does.
+FORMATS = {
+    ("float32", "float32", "float32", "float32"),
+    ("float32", "bfloat16", "float32", "float32"),
+    ("float32", "float16", "float32", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+}
+STAGES_OF = {"reduce_to_owner": (1, 2), "unit": (3,), "whole_below": (3,), "prefetch_mb": (3,)}
 NVME_BUFFERS = 8  # shards on their way from the disk at a time: a layer's weight and bias, and what comes after
 Device = Literal["none", "cpu", "nvme"]
 
@@ -98,15 +108,27 @@ class Zero(Strategy):
 
     def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
         only_data_axis(self)
+        self.check_stage()
         self.check_precision(precision)
         self.check_offload()
         self.check_plus_plus(precision, accelerator)
 
+    def check_stage(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(Zero)}
+        for key, stages in STAGES_OF.items():
+            value = getattr(self, key)
+            if self.stage not in stages and value != defaults[key]:
+                raise ValueError(
+                    f"strategy.{key}={value}: stage {self.stage} has no use for it; leave it out, or choose "
+                    f"strategy=zero{stages[-1]}."
+                )
+
     def check_precision(self, precision: Precision) -> None:
-        if precision.parameter not in SHORT:
+        formats = (precision.parameter, precision.compute, precision.reduce, precision.master)
+        if formats not in FORMATS:
             raise ValueError(
-                f"precision={precision.name}: DeepSpeed does not train in {precision.parameter}; choose "
-                f"precision=fp32, or strategy=ddp."
+                f"precision={precision.name}: DeepSpeed does not train with parameters, products, reductions and "
+                f"master weights in {', '.join(formats)}; choose precision=fp32, bf16, bf16_master, bf16_pure or fp16."
             )
         if precision.master == "bfloat16" and self.offload.optimizer != "none":
             raise ValueError(
@@ -130,6 +152,11 @@ class Zero(Strategy):
             raise ValueError(
                 f"strategy.offload.optimizer=nvme: stage {self.stage} offloads to the host's memory only; set it to "
                 f"cpu, or choose strategy=zero3_nvme."
+            )
+        if offload.nvme_path is not None and not self.extensions:
+            raise ValueError(
+                f"strategy.offload.nvme_path={offload.nvme_path}: nothing is offloaded to nvme; leave it out, or "
+                f"choose strategy=zero3_nvme."
             )
         if offload.nvme_path is not None and not Path(offload.nvme_path).is_dir():
             raise ValueError(
@@ -216,7 +243,7 @@ class Zero(Strategy):
                 "enabled": True,
                 "bf16_master_weights_and_grads": pure,
                 "bf16_optimizer_states": pure,
-                "check_grad_overflow": False,  # bfloat16 has float32's range; NaN shows in the loss, as elsewhere
+                "check_grad_overflow": True,  # so that every stage and format notices NaN
             }
         return config
 

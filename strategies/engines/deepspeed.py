@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,6 +63,8 @@ class ZeroEngine(DeepSpeedStrategy):
             logging_level=logging.ERROR,  # it warns of every optimizer that is not its own
         )
         self.spec, self.precision, self.seed, self.micro_batch_size = spec, precision, seed, micro_batch_size
+        self.at_boundary = True  # whether the next backward is its step's last
+        self.is_reduced = False  # whether such a backward has been
         self.scaler = LossScale() if precision.compute == "float16" else None
 
     @property
@@ -87,7 +92,9 @@ class ZeroEngine(DeepSpeedStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         module = self.module
+        check_module(module, self.spec.name)
         self.precision_plugin.convert_module(module)  # in place
+        self.nvme = self.nvme_folder(trainer)
         self.config = self.spec.deepspeed_config(
             [parameter.numel() for parameter in module.parameters()],
             precision=self.precision,
@@ -95,7 +102,7 @@ class ZeroEngine(DeepSpeedStrategy):
             micro_batch_size=self.micro_batch_size,
             clip_norm=trainer.gradient_clip_val,
             blocks=blocks(module),
-            nvme=self.nvme_folder(trainer),
+            nvme=self.nvme,
             on_gpu=self.on_gpu,
         )
         if self.is_global_zero:
@@ -103,6 +110,7 @@ class ZeroEngine(DeepSpeedStrategy):
         self.make(module)
         if self.precision.autocasts:
             autocast_inside(module, self.root_device.type, getattr(torch, self.precision.compute))
+        broadcast_buffers(module)
         self.start_engine(module)
         self.setup_precision_plugin()
         self.dtypes = self.dtypes_in_use()
@@ -166,18 +174,27 @@ class ZeroEngine(DeepSpeedStrategy):
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Lightning runs every micro-batch but a step's last in this context."""
+        self.at_boundary = False
         self.deepspeed_engine.set_gradient_accumulation_boundary(False)
         try:
             yield
         finally:
+            self.at_boundary = True
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.at_boundary and self.is_reduced:
+            raise ValueError(
+                f"strategy={self.spec.name}: a second backward before the optimizer's step would count as a step "
+                f"of its own; add the losses up and call backward once, or choose strategy=ddp."
+            )
+        self.is_reduced = self.at_boundary
         # Lightning has divided the loss by the accumulation already; DeepSpeed would do it once more.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        self.is_reduced = False
         engine_optimizer = self.deepspeed_engine.optimizer
         if self.scaler:
             engine_optimizer.override_loss_scale(self.scaler.after(overflow=bool(engine_optimizer.overflow)))
@@ -191,20 +208,22 @@ class ZeroEngine(DeepSpeedStrategy):
         return result
 
     def teardown(self) -> None:
+        if any(parameter.is_meta for parameter in self.module.parameters()):
+            return  # a start that failed before the net was made: Lightning would try to move it, and hide the cause
         super().teardown()
         # While the process group lives: ZeRO-3 that is left to the interpreter's exit may abort.
         if self.model is not self.lightning_module:  # it may be a failed start that is cleared away
             self.deepspeed_engine.destroy()
-        if self.spec.extensions:
-            self.sweep(self.nvme_folder(self.module.trainer))
+            if self.spec.extensions:
+                self.sweep_nvme()
 
-    def sweep(self, nvme: Path) -> None:
-        """Remove what this rank has on the disk, and the folders that are empty then."""
-        for folder in nvme.rglob(f"rank{self.global_rank}"):
-            shutil.rmtree(folder)
-        for folder in (*sorted(nvme.rglob("*"), reverse=True), nvme):
+    def sweep_nvme(self) -> None:
+        """Remove what this rank has on the disk, and the folders that are empty then; other ranks do so meanwhile."""
+        for folder, _, _ in os.walk(self.nvme, topdown=False):  # passes over what is gone
+            if Path(folder).name == f"rank{self.global_rank}":
+                shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # another rank's files are still there, or it was faster
-                folder.rmdir()
+                Path(folder).rmdir()
 
     def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
         # See DDPEngine.reduce: Lightning averages batch sizes as integers.
@@ -228,6 +247,7 @@ class ZeroEngine(DeepSpeedStrategy):
 
         optimizer = self.deepspeed_engine.optimizer
         if self.spec.stage < 3:
+            optimizer._wait_for_offload_copies()
             scaled = optimizer.scaled_global_norm()
         else:
             scaled = combine_grad_norm_groups(optimizer._get_norm_groups())
@@ -245,11 +265,52 @@ class ZeroEngine(DeepSpeedStrategy):
 
 
 def blocks(module: pl.LightningModule) -> list[str]:
-    """FQNs of the blocks that the module's plan names; none where it has no plan."""
+    """FQNs of the plan's blocks that DeepSpeed may gather and reduce as one; none where there is no plan.
+
+    It reduces a block when the gradient of the block's input is there. So a block must have something trainable before
+    it (else torch has no such gradient, and reports it at once), and share no parameter with another module, whose
+    gradient would come later and be lost.
+    """
     plan: ParallelPlan = getattr(module, "plan", ParallelPlan(net=""))
     net = module.get_submodule(plan.net)
-    found = plan.expand(name for name, _ in net.named_modules()).blocks
-    return [f"{plan.net}.{name}".lstrip(".") for name in found]
+    chain = plan.expand(name for name, _ in net.named_modules())
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    found, trainable_before = [], False
+    for fqn in chain.modules:
+        part = net.get_submodule(fqn)
+        inside = Counter(id(parameter) for _, parameter in part.named_parameters(remove_duplicate=False))
+        if fqn in chain.blocks and trainable_before and all(uses[key] == count for key, count in inside.items()):
+            found.append(f"{plan.net}.{fqn}".lstrip("."))
+        trainable_before |= any(parameter.requires_grad for parameter in part.parameters())
+    return found
+
+
+def check_module(module: pl.LightningModule, strategy: str) -> None:
+    """ValueError for what DeepSpeed would leave out without a word, or stumble over."""
+    kind = type(module).__name__
+    for hook in ("configure_gradient_clipping", "backward"):
+        if is_overridden(hook, module, pl.LightningModule):
+            raise ValueError(
+                f"strategy={strategy}: DeepSpeed clips and runs backward itself and would ignore {kind}.{hook}; leave "
+                f"it out (trainer.clip_norm clips by the global norm), or choose strategy=ddp."
+            )
+    for fqn, parameter in module.named_parameters():
+        if parameter.dim() == 0:
+            raise ValueError(
+                f"strategy={strategy}: DeepSpeed cannot hold {kind}'s parameter {fqn} of shape (); give it shape (1,)."
+            )
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Before every forward the buffers of rank 0 go to all, as under DDP: statistics of a BatchNorm are one rank's."""
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+
+    def broadcast(*_: Any) -> None:
+        for buffer in buffers:
+            dist.broadcast(buffer, 0)
+
+    if buffers:
+        module.register_forward_pre_hook(broadcast)
 
 
 class LossScale:

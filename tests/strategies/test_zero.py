@@ -1,5 +1,6 @@
 """The ZeRO spec: what it refuses before a process starts, and what it makes of a model's size."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import ConfigError, validate
-from strategies.zero import Zero
+from strategies.zero import PlusPlus, Zero
 
 
 def job_of(*words: str) -> Job:
@@ -44,6 +45,12 @@ def config_of(sizes: list[int], *words: str, on_gpu: bool = False) -> dict[str, 
         (["strategy=zero3", "strategy.plus_plus.quantized_weights=true"], ["quantized_weights=True", "GPUs only"]),
         (["strategy=zero3", "strategy.plus_plus.quantized_gradients=true"], ["quantized_gradients", "GPUs only"]),
         (["strategy=zero3", "strategy.plus_plus.secondary_ranks=2"], ["secondary_ranks=2", "GPUs only"]),
+        (["strategy=zero3", "strategy.reduce_to_owner=true"], ["reduce_to_owner=True", "stage 3"]),
+        (["strategy=zero1", "strategy.whole_below=7"], ["whole_below=7", "strategy=zero3"]),
+        (["strategy=zero1", "strategy.unit=module"], ["unit=module", "stage 1"]),
+        (["strategy=zero2", "strategy.prefetch_mb=1"], ["prefetch_mb=1", "stage 2"]),
+        (["strategy=zero3", "strategy.offload.nvme_path=/tmp"], ["nvme_path=/tmp", "zero3_nvme"]),
+        (["strategy=zero1", "precision=bf16_master", "precision.reduce=float32"], ["bfloat16, bfloat16, float32"]),
         (["strategy=zero2", "strategy.bucket_mb=0"], ["strategy.bucket_mb", "greater than 0"]),
         (["strategy=zero2", "strategy.stage=4"], ["strategy.stage"]),
         (["strategy=zero2", "+strategy.offload.optimiser=cpu"], ["optimiser"]),
@@ -61,10 +68,6 @@ def test_what_cannot_run_is_refused_in_one_line(words: list[str], said: list[str
 def test_secondary_shards_must_divide_the_ranks() -> None:
     strategy = job_of("strategy=zero3", "launcher.devices=4").strategy
     assert isinstance(strategy, Zero)
-    from dataclasses import replace
-
-    from strategies.zero import PlusPlus
-
     odd = replace(strategy, plus_plus=PlusPlus(secondary_ranks=3))
     with pytest.raises(ValueError, match="secondary_ranks=3 does not divide"):
         odd.check(None, 4, precision=job_of("precision=bf16_master").config.precision, accelerator="gpu")
@@ -101,9 +104,23 @@ def test_users_numbers_are_taken() -> None:
 
 
 def test_zero_plus_plus_reaches_deepspeed() -> None:
-    words = ["strategy=zero3", "precision=bf16_master"]
-    section = config_of(TINY, *words)["zero_optimization"]
-    assert (section["zero_hpz_partition_size"], section["zero_quantized_weights"]) == (1, False)
+    job = job_of("strategy=zero3", "precision=bf16_master", "launcher.devices=4")
+    assert isinstance(job.strategy, Zero)
+    options = PlusPlus(secondary_ranks=2, quantized_weights=True, quantized_gradients=True)
+    strategy = replace(job.strategy, plus_plus=options)
+    strategy.check(None, 4, precision=job.config.precision, accelerator="gpu")
+    section = strategy.deepspeed_config(
+        TINY,
+        precision=job.config.precision,
+        accumulation=1,
+        micro_batch_size=1,
+        clip_norm=None,
+        blocks=[],
+        nvme=Path("nvme"),
+        on_gpu=True,
+    )["zero_optimization"]
+    assert section["zero_hpz_partition_size"] == 2
+    assert section["zero_quantized_weights"] is section["zero_quantized_gradients"] is True
 
 
 def test_extensions_are_asked_for_only_where_they_are_used() -> None:

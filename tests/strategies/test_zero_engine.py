@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,13 @@ class NotANumber(pl.Callback):
             )
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
-def test_gradient_that_is_no_number_ends_the_run_on_every_rank(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("zero1", "fp32"), ("zero3", "fp32"), ("zero1", "bf16_master"), ("zero3", "bf16_master")],
+)
+def test_gradient_that_is_no_number_ends_the_run_on_every_rank(strategy: str, precision: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2 failed") as failure:
-        train_case(Case(strategy=strategy).overrides, tmp_path, NotANumber)
+        train_case(Case(strategy=strategy, precision=precision).overrides, tmp_path, NotANumber)
     assert f"strategy={strategy}: the gradients of optimizer step 2 hold NaN or infinity" in str(failure.value)
 
 
@@ -179,6 +183,59 @@ def test_loss_scale_moves_as_torchs_does() -> None:
         theirs.step(optimizer)
         theirs.update()
         assert ours.after(overflow=overflow) == theirs.get_scale(), step
+
+
+def own(name: str, **case: Any) -> Case:
+    return OwnCase(model="vit", own=name, **case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnCase(Case):
+    """A case whose model is one of tests/strategies/own_models.py."""
+
+    own: str
+
+    @property
+    def shared(self) -> list[str]:
+        kept = [word for word in super().shared if not word.startswith(("model.net", "scheduler"))]
+        return [*kept, f"model._target_=tests.strategies.own_models.{self.own}"]
+
+
+@pytest.mark.parametrize("name", ["Blocks", "SharedByBlocks", "FrozenStem", "BlocksFirst"])
+def test_stage_3_agrees_on_whatever_blocks_there_are(name: str, tmp_path: Path) -> None:
+    case = own(name, strategy="zero3", accumulation=2)
+    candidate = train_case(case.overrides, tmp_path / "candidate")
+    exact = train_case(case.exact_overrides, tmp_path / "exact")
+    reference = train_case(case.reference_overrides, tmp_path / "reference")
+    assert [check for check in compare(exact, reference, candidate, master="float32") if not check.passed] == []
+    leaves = json.loads((tmp_path / "candidate/deepspeed.json").read_text())["zero_optimization"]["leaf_module"]
+    safe = {"Blocks": ["net.1", "net.2"], "SharedByBlocks": [], "FrozenStem": ["net.2"], "BlocksFirst": ["net.1"]}
+    assert leaves["names"] == safe[name]
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+@pytest.mark.parametrize("name", ["HasStatistics", "DropsOut"])
+def test_what_is_random_or_of_one_rank_is_as_under_ddp(name: str, strategy: str, tmp_path: Path) -> None:
+    # SGD, since the bias before a normalisation has no gradient but rounding, which AdamW makes a step of.
+    ours = train_case(own(name, strategy=strategy, optimizer="sgd").overrides, tmp_path / "zero")
+    theirs = train_case(own(name, optimizer="sgd").overrides, tmp_path / "ddp")
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert ours.val_losses == pytest.approx(theirs.val_losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ClipsByItself", "would ignore ClipsByItself.configure_gradient_clipping"),
+        ("HasScalar", "HasScalar's parameter temperature of shape ()"),
+        ("StepsTwiceBackward", "a second backward before the optimizer's step"),
+    ],
+)
+def test_what_deepspeed_would_get_wrong_is_refused(name: str, words: str, tmp_path: Path) -> None:
+    case = own(name, strategy="zero2", clip=False)
+    with pytest.raises(AssertionError) as failure:
+        train_case(case.overrides, tmp_path)
+    assert words in str(failure.value).splitlines()[-1]  # nothing that is raised while tearing down hides it
 
 
 def test_nvme_agrees_with_one_process_and_cleans_up(tmp_path: Path) -> None:
