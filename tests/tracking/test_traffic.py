@@ -251,19 +251,6 @@ class Nested(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def in_another_thread() -> None:
-    threads: list[int] = []
-    # Beyond 60 levels (MAX_DEPTH of torch/csrc/autograd/engine.h) autograd goes on in a thread of its pool, to which it
-    # hands the caller's state as it does to the thread of a CUDA device.
-    counts = counted(lambda: Nested.apply(torch.ones(1, requires_grad=True), 100, threads).backward())
-    assert len(threads) == 1 and threads != [threading.get_ident()]
-    assert counts == {("all_reduce", (0,)): (1, 16)}
-
-
-def test_backward_counts_in_autograds_own_thread(tmp_path: Path) -> None:
-    run_ranks(1, tmp_path, with_gloo, in_another_thread)
-
-
 def odd_cases() -> None:
     # A sparse tensor: two indices of 8 bytes, two rows of three numbers.
     embedding = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.ones(2, 3), (100, 3), check_invariants=True)
