@@ -1,6 +1,5 @@
 """TrafficCounter counts what c10d is asked to move, to the byte."""
 
-import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -229,26 +228,6 @@ def subgroup_of_four() -> None:
 
 def test_each_group_counts_by_its_global_ranks(tmp_path: Path) -> None:
     run_ranks(4, tmp_path, with_gloo, subgroup_of_four)
-
-
-class Nested(torch.autograd.Function):
-    """Its backward calls backward, `depth` levels deep; the innermost all-reduces and notes its thread."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, depth: int, threads: list[int]) -> Tensor:
-        ctx.depth, ctx.threads = depth, threads
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.depth == 0:
-            ctx.threads.append(threading.get_ident())
-            dist.all_reduce(vector())
-        else:
-            with torch.enable_grad():
-                inner = Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.threads)
-            inner.backward()
-        return gradients[0], None, None
 
 
 def odd_cases() -> None:
