@@ -90,9 +90,7 @@ class Zero(Strategy):
     reduce_to_owner: bool = False  # stages 1, 2: each slice to its owner alone, half the volume in N times the calls
     communication_dtype: Dtype | None = None  # gradients are reduced in it; null = the precision's own
     unit: Literal["block", "module"] = "block"  # stage 3: what is gathered at once, where the model's plan says blocks
-    whole_below: NonNegativeInt | Literal["auto"] = (
-        "auto"  # stage 3: up to so many elements, a parameter is not sharded
-    )
+    whole_below: NonNegativeInt | Literal["auto"] = "auto"  # stage 3: up to so many elements, it is not sharded
     prefetch_mb: NonNegativeFloat | Literal["auto"] = "auto"  # stage 3: parameters gathered ahead of use
     offload: Offload = Field(default_factory=Offload)
     plus_plus: PlusPlus = Field(default_factory=PlusPlus)
@@ -189,14 +187,13 @@ class Zero(Strategy):
         """
         total, largest = sum(sizes), max(sizes)
         mb = 2**20 / BYTES[precision.parameter]
+        # 16 messages of a small model, of 100 MB and more of a large one: enough for any network.
+        message = min(math.ceil(total / 16), 50_000_000)
         # Ahead of use only where copies run beside products.
-        ahead = min(math.ceil(total / 16), 50_000_000) if on_gpu else 0
+        ahead = message if on_gpu else 0
         prefetch = ahead if self.prefetch_mb == "auto" else int(self.prefetch_mb * mb)
         return Tuning(
-            # 16 reductions of a small model, messages of 100 MB and more of a large one: enough for any network.
-            bucket=min(math.ceil(total / 16), 50_000_000)
-            if self.bucket_mb == "auto"
-            else math.ceil(self.bucket_mb * mb),
+            bucket=message if self.bucket_mb == "auto" else math.ceil(self.bucket_mb * mb),
             # Vectors are many and small: gathering each twice costs more time than it saves memory.
             whole_below=min(total // 1000, 100_000) if self.whole_below == "auto" else self.whole_below,
             prefetch=prefetch,

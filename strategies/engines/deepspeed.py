@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.plan import ParallelPlan
+from strategies.engines.averaging import AveragesExactly
 from strategies.engines.materialize import materialize
-from strategies.engines.precision import name
+from strategies.engines.precision import LossScale, autocast_inside, name
 from strategies.spec import Precision
 
 if TYPE_CHECKING:
     from strategies.zero import Zero
 
 
-class ZeroEngine(DeepSpeedStrategy):
+class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
     """DeepSpeed's ZeRO engine around the LightningModule.
 
     Differs from Lightning's own strategy in that it also runs on CPU, that gradients are scaled once under
@@ -225,10 +226,6 @@ class ZeroEngine(DeepSpeedStrategy):
             with suppress(OSError):  # another rank's files are still there, or it was faster
                 Path(folder).rmdir()
 
-    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
-        # See DDPEngine.reduce: Lightning averages batch sizes as integers.
-        return super().reduce(tensor if tensor.is_floating_point() else tensor.double(), group, reduce_op)
-
     # --- what it shows ---------------------------------------------------------------------------------------------
 
     def dtypes_in_use(self) -> dict[str, str]:
@@ -311,47 +308,6 @@ def broadcast_buffers(module: nn.Module) -> None:
 
     if buffers:
         module.register_forward_pre_hook(broadcast)
-
-
-class LossScale:
-    """Dynamic loss scaling as torch.amp.GradScaler does it; DeepSpeed's own only goes with weights in float16.
-
-    DeepSpeed scales the loss, unscales before it clips, finds overflow over all ranks and leaves the step out.
-    """
-
-    GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000  # torch's defaults, so that strategies agree
-
-    def __init__(self) -> None:
-        self.value = 2.0**16
-        self.good_steps = 0
-
-    def after(self, *, overflow: bool) -> float:
-        """The scale for the next step."""
-        self.good_steps = 0 if overflow else self.good_steps + 1
-        if overflow:
-            self.value *= self.BACKOFF
-        elif self.good_steps % self.GROWTH_INTERVAL == 0:
-            self.value *= self.GROWTH
-        return self.value
-
-
-def autocast_inside(module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Every forward of `module` runs under autocast.
-
-    From inside, because DeepSpeed's engine switches off what it finds outside; and not by DeepSpeed's own section
-    `torch_autocast`, which also reduces gradients in `dtype`, and with float16 clips them before they are unscaled.
-    """
-    running: list[torch.autocast] = []
-
-    def enter(*_: Any) -> None:
-        running.append(torch.autocast(device_type, dtype))
-        running[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave, always_call=True)
 
 
 def import_deepspeed(*, on_gpu: bool) -> None:

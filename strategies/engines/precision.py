@@ -61,6 +61,47 @@ class MasterWeights(HalfPrecision):
         return result
 
 
+class LossScale:
+    """Dynamic loss scaling as torch.amp.GradScaler does it; DeepSpeed's own only goes with weights in float16.
+
+    DeepSpeed scales the loss, unscales before it clips, finds overflow over all ranks and leaves the step out.
+    """
+
+    GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000  # torch's defaults, so that strategies agree
+
+    def __init__(self) -> None:
+        self.value = 2.0**16
+        self.good_steps = 0
+
+    def after(self, *, overflow: bool) -> float:
+        """The scale for the next step."""
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value *= self.BACKOFF
+        elif self.good_steps % self.GROWTH_INTERVAL == 0:
+            self.value *= self.GROWTH
+        return self.value
+
+
+def autocast_inside(module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    """Every forward of `module` runs under autocast.
+
+    From inside, because DeepSpeed's engine switches off what it finds outside; and not by DeepSpeed's own section
+    `torch_autocast`, which also reduces gradients in `dtype`, and with float16 clips them before they are unscaled.
+    """
+    running: list[torch.autocast] = []
+
+    def enter(*_: Any) -> None:
+        running.append(torch.autocast(device_type, dtype))
+        running[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
 def precision_plugin(precision: spec.Precision, device_type: str) -> Precision:
     """The plugin that computes as `precision` says, on devices of one type (cpu, cuda)."""
     if precision.copies_master:

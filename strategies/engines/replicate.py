@@ -6,9 +6,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor
 
+from strategies.engines.averaging import AveragesExactly
 from strategies.engines.materialize import materialize
 from strategies.engines.precision import name, precision_plugin
 from strategies.spec import Precision
@@ -58,7 +59,7 @@ class SingleEngine(WholeModel, SingleDeviceStrategy):
         return {"num_replicas": 1, "rank": 0}
 
 
-class DDPEngine(WholeModel, DDPStrategy):
+class DDPEngine(WholeModel, AveragesExactly):
     """The model on every rank; DistributedDataParallel averages the gradients."""
 
     def __init__(self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, bucket_mb: int) -> None:
@@ -71,8 +72,3 @@ class DDPEngine(WholeModel, DDPStrategy):
             gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
         )
         self.seed = seed
-
-    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
-        # Lightning weights validation batches by their sizes, but averages those as integers, which truncates: with
-        # 10 and 9 samples on two ranks, `self.log(..., sync_dist=True)` would divide by 9.
-        return super().reduce(tensor if tensor.is_floating_point() else tensor.double(), group, reduce_op)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.engines.deepspeed import LossScale, import_deepspeed
+from strategies.engines.deepspeed import import_deepspeed
 from strategies.engines.extensions import deepspeed_extension, is_current
+from strategies.engines.precision import LossScale
 from tests.agreement.cases import Case
 from tests.agreement.test_agreement import train_case
 from tracking.agreement import compare

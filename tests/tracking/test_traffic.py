@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch._dynamo  # a dispatch mode imports it when it is first used: here once, not in every rank
-import torch.distributed as dist  # noqa: TID251
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
-from torch.distributed.fsdp import fully_shard  # noqa: TID251
-from torch.distributed.tensor import Shard, distribute_tensor  # noqa: TID251
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.harness import run_ranks
