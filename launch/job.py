@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from datamodules.spec import Data
 from launch.hardware import gpus
 from launch.schema import ConfigError, RunConfig, build_spec
-from strategies.spec import Mesh, Strategy
+from strategies.spec import Mesh, Run, Strategy
 from tracking.record import usable_cores
+
+if TYPE_CHECKING:
+    from models.stats import ModelStats
 
 # CUDA devices below this have no bfloat16 arithmetic (NVIDIA CUDA C++ Programming Guide, compute capabilities).
 BFLOAT16_CAPABILITY = 8.0
@@ -68,8 +72,9 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
         devices = world_size
         check_joined(config, accelerator, world_size, local_world_size or world_size)
     try:
-        mesh = strategy.mesh.resolve(devices)
-        strategy.check(None, mesh.world_size, precision=config.precision, accelerator=accelerator)
+        mesh = strategy.mesh.resolve(devices, strategy.rehearsal_ranks)
+        run = run_of(config, build_spec(config.data, "data", Data), accelerator)
+        dataclasses.replace(strategy, mesh=mesh).check(run)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if world_size is not None and mesh.world_size != world_size:
@@ -93,6 +98,18 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
             "strategy": {**config.strategy, "mesh": mesh.sizes},
             "launcher": config.launcher.model_copy(update=launcher),
         }
+    )
+
+
+def run_of(config: RunConfig, data: Data, accelerator: str, stats: ModelStats | None = None) -> Run:
+    """What the config says to a strategy."""
+    return Run(
+        precision=config.precision,
+        seed=config.seed,
+        accelerator=accelerator,
+        timeout_s=config.launcher.timeout_s,
+        micro_batch_size=data.micro_batch_size,
+        stats=stats,
     )
 
 

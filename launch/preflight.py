@@ -53,7 +53,8 @@ def main() -> None:
             f"({', '.join(sorted(strategy.needs))}); give {type(model).__name__} a `plan: ParallelPlan`."
         )
     plan.require(strategy.needs, type(model).__name__)
-    strategy.check(plan, strategy.mesh.world_size, precision=config.precision, accelerator=config.launcher.accelerator)
+    net = model.get_submodule(plan.net)
+    strategy.check_plan(plan, plan.expand(name for name, _ in net.named_modules()))
 
 
 if __name__ == "__main__":

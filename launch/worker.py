@@ -42,10 +42,10 @@ from datamodules.loading import BatchDataset
 from datamodules.spec import SampledData
 from launch.dispatch import EXIT_FAILED, load_resolved
 from launch.failure import record_error
-from launch.job import Job
+from launch.job import Job, run_of
 from launch.output import log_path, own_output
 from launch.schema import ConfigError, RunConfig
-from models.stats import measure
+from models.stats import ModelStats, measure
 from tracking import record
 from tracking.evidence import EvidenceRecorder, ShowsState
 from tracking.meter import Meter, measure_peak_flops
@@ -85,23 +85,26 @@ def build_model(config: RunConfig) -> LightningModule:
     return model
 
 
-def size_of(model: LightningModule, job: Job) -> record.Stats:
-    """Parameters, and FLOPs of a training step, of the model as it is on the meta device.
-
-    FLOPs are None where they cannot be counted (no sample to count with, a step that needs values) or are of no use (a
-    run that is made to be compared, not timed).
-    """
+def on_meta(model: LightningModule) -> LightningModule:
+    """A copy of the model with its net on the meta device."""
     shadow = copy.deepcopy(model)
     shadow.configure_model()
-    shadow.to("meta")
-    flops = None
-    if isinstance(job.data, SampledData) and not job.config.evidence:
-        sample = BatchDataset(job.data.train_samples())[np.zeros(1, dtype=np.int64)]
-        try:
-            flops = measure(shadow, sample).flops_per_sample
-        except RuntimeError as error:  # what torch raises for an operation that the meta device cannot do
-            print(f"FLOPs and MFU are not measured: {str(error).splitlines()[0]}")
-    return record.Stats(parameters=sum(parameter.numel() for parameter in shadow.parameters()), flops_per_sample=flops)
+    return shadow.to("meta")
+
+
+def stats_of(model: LightningModule, job: Job) -> ModelStats | None:
+    """Counts of a training step of the model, which is on the meta device.
+
+    None where they cannot be made: no sample to count with, or a step that needs values.
+    """
+    if not isinstance(job.data, SampledData):
+        return None
+    sample = BatchDataset(job.data.train_samples())[np.zeros(1, dtype=np.int64)]
+    try:
+        return measure(model, sample)
+    except RuntimeError as error:  # what torch raises for an operation that the meta device cannot do
+        print(f"FLOPs and MFU are not measured: {str(error).splitlines()[0]}")
+        return None
 
 
 def loggers(job: Job, rank: int, run_id: str) -> list[Logger]:
@@ -120,17 +123,6 @@ def loggers(job: Job, rank: int, run_id: str) -> list[Logger]:
         tokens_per_step=job.data.global_batch_size * job.data.tokens_per_sample,
     )
     return [csv] if wandb is None else [csv, wandb]
-
-
-def build_engine(job: Job) -> Strategy:
-    config = job.config
-    return job.strategy.build(
-        precision=config.precision,
-        seed=config.seed,
-        accelerator=config.launcher.accelerator,
-        timeout_s=config.launcher.timeout_s,
-        micro_batch_size=job.data.micro_batch_size,
-    )
 
 
 def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: list[Logger]) -> Trainer:
@@ -175,20 +167,27 @@ def train(
         prepare_extensions(job)
     model = build_model(config)
     peak_flops = None if config.evidence else peak_of_device(config)  # first, while all ranks are at the same point
-    stats = size_of(model, job) if rank == 0 else None  # no other rank logs or records it
+    shadow = on_meta(model)
+    # Counted where it is of use: rank 0 logs it, stages are balanced by it. A run that is made to be compared is not.
+    counts = (rank == 0 and not config.evidence) or job.mesh.pipe != 1
+    stats = stats_of(shadow, job) if counts else None
+    size = record.Stats(
+        parameters=sum(parameter.numel() for parameter in shadow.parameters()),
+        flops_per_sample=stats.flops_per_sample if stats else None,
+    )
     run_id = secrets.token_hex(4)
     sinks = loggers(job, rank, run_id)
     completed = False
     try:
-        engine = build_engine(job)
-        meter = build_meter(job, engine, stats, peak_flops)
+        engine = job.strategy.build(run_of(config, job.data, config.launcher.accelerator, stats))
+        meter = build_meter(job, engine, size, peak_flops)
         progress = Progress(meter, terminal=terminal, log=log)
         own: list[Callback] = [LeaveWord(job.run_dir, rank), ValidateAtEnd(), meter, progress]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
         build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
-        if stats is not None:
-            result = record_of(job, run_id, meter, stats, cast(ShowsState, engine).dtypes)
+        if rank == 0:
+            result = record_of(job, run_id, meter, size, cast(ShowsState, engine).dtypes)
             result.write(job.run_dir / "record.json")
             log_record(sinks, result)
         completed = True
@@ -212,11 +211,11 @@ def peak_of_device(config: RunConfig) -> float:
     return measure_peak_flops(getattr(torch, config.precision.compute), device)
 
 
-def build_meter(job: Job, engine: Strategy, stats: record.Stats | None, peak_flops: float | None) -> Meter:
+def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: float | None) -> Meter:
     return Meter(
         samples_per_step=job.data.global_batch_size,
         tokens_per_sample=job.data.tokens_per_sample,
-        flops_per_sample=stats.flops_per_sample if stats else None,
+        flops_per_sample=size.flops_per_sample,
         peak_flops=peak_flops,
         log_every_steps=job.config.trainer.log_every_steps,
         started_at=STARTED,
@@ -224,7 +223,7 @@ def build_meter(job: Job, engine: Strategy, stats: record.Stats | None, peak_flo
     )
 
 
-def record_of(job: Job, run_id: str, meter: Meter, stats: record.Stats, dtypes: Mapping[str, str]) -> RunRecord:
+def record_of(job: Job, run_id: str, meter: Meter, size: record.Stats, dtypes: Mapping[str, str]) -> RunRecord:
     """The run's record; the formats in it are those that were found in use."""
     config = job.config
     on_gpu = config.launcher.accelerator == "gpu"
@@ -245,7 +244,7 @@ def record_of(job: Job, run_id: str, meter: Meter, stats: record.Stats, dtypes: 
         world_size=job.world_size,
         mesh=record.Mesh(**job.mesh.sizes),
         precision=record.Precision(**vars(config.precision) | dict(dtypes)),
-        model_stats=stats,
+        model_stats=size,
         batch=record.Batch(
             global_=job.data.global_batch_size,
             micro=job.data.micro_batch_size,

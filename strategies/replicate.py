@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from models.plan import ParallelPlan
-from strategies.spec import BYTES, STRICT, Memory, Precision, Strategy, Traffic, Transfer, Workload, only_data_axis
+from strategies.spec import BYTES, STRICT, Memory, Run, Strategy, Traffic, Transfer, Workload, only_data_axis
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy as Engine
@@ -34,8 +33,8 @@ def whole_model(stats: ModelStats, workload: Workload) -> Memory:
 class Single(Strategy):
     """One process, one device: what every other strategy is compared with."""
 
-    def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
-        if world_size != 1:
+    def check(self, run: Run) -> None:
+        if self.mesh.world_size != 1:
             raise ValueError(
                 f"strategy={self.name} is one process, got {self.mesh.text}; for more choose strategy=ddp."
             )
@@ -46,12 +45,10 @@ class Single(Strategy):
     def traffic(self, stats: ModelStats, workload: Workload) -> Traffic:
         return ()
 
-    def build(
-        self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int
-    ) -> Engine:
+    def build(self, run: Run) -> Engine:
         from strategies.engines.replicate import SingleEngine
 
-        return SingleEngine(precision=precision, seed=seed, accelerator=accelerator)
+        return SingleEngine(run)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -60,7 +57,7 @@ class DDP(Strategy):
 
     bucket_mb: PositiveInt = 25  # torch's default; smaller buckets overlap sooner, larger ones cost fewer calls
 
-    def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
+    def check(self, run: Run) -> None:
         only_data_axis(self)
 
     def memory(self, stats: ModelStats, workload: Workload) -> Memory:
@@ -72,11 +69,7 @@ class DDP(Strategy):
         payload = stats.parameters * BYTES[workload.precision.parameter]
         return (Transfer(collective="all_reduce", axis="data", ranks=self.mesh.data_ranks, payload=payload),)
 
-    def build(
-        self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int
-    ) -> Engine:
+    def build(self, run: Run) -> Engine:
         from strategies.engines.replicate import DDPEngine
 
-        return DDPEngine(
-            precision=precision, seed=seed, accelerator=accelerator, timeout_s=timeout_s, bucket_mb=self.bucket_mb
-        )
+        return DDPEngine(run, bucket_mb=self.bucket_mb)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from models.plan import ParallelPlan
+from models.plan import Chain, ParallelPlan
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy as Engine
@@ -21,8 +22,8 @@ AxisSize = PositiveInt | Literal["auto"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 BYTES: dict[Dtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-# A rehearsal on CPU that was not told otherwise: the fewest processes that still have somebody to talk to.
-REHEARSAL_PROCESSES = 2
+# A rehearsal on CPU that was not told otherwise: the smallest axis on which a rank still has somebody to talk to.
+REHEARSAL_RANKS = 2
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -46,8 +47,8 @@ class Mesh:
     def open_axes(self) -> list[str]:
         return [axis for axis, size in self.sizes.items() if size == "auto"]
 
-    def resolve(self, devices: int | None) -> Mesh:
-        """This mesh with every size a number, on `devices` devices (None: as many processes as a rehearsal needs).
+    def resolve(self, devices: int | None, rehearsal_ranks: int = REHEARSAL_RANKS) -> Mesh:
+        """This mesh with every size a number, on `devices` devices (None: `rehearsal_ranks` on the open axis).
 
         A mesh that states all its sizes takes its product and leaves further devices idle: `single` on two GPUs
         is one process.
@@ -62,7 +63,7 @@ class Mesh:
                 )
             return self
         if devices is None:
-            devices = max(self.fixed, REHEARSAL_PROCESSES)
+            devices = self.fixed * rehearsal_ranks
         if devices % self.fixed:
             raise ValueError(
                 f"launcher.devices={devices} does not divide into strategy.mesh={self.text}; "
@@ -177,6 +178,22 @@ class Transfer:
 Traffic = tuple[Transfer, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a strategy must know of the run that it serves; `accelerator` is cpu or gpu."""
+
+    precision: Precision
+    seed: int
+    accelerator: str
+    timeout_s: float  # for a collective
+    micro_batch_size: int  # samples of a data rank per training step
+    stats: ModelStats | None = None  # None before the model is made, and where it cannot be measured
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.accelerator == "gpu"
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Strategy(ABC):
     """How one model is spread over processes: its mesh, its conditions, and the Lightning strategy that does it."""
@@ -184,7 +201,15 @@ class Strategy(ABC):
     name: str
     mesh: Mesh = Field(default_factory=Mesh)
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # parts of ParallelPlan without which this strategy cannot run
+    @property
+    def needs(self) -> frozenset[str]:
+        """Parts of ParallelPlan without which this strategy cannot run."""
+        return frozenset()
+
+    @property
+    def rehearsal_ranks(self) -> int:
+        """Size of the open mesh axis where nobody has said how many devices there are."""
+        return REHEARSAL_RANKS
 
     @property
     def extensions(self) -> tuple[str, ...]:
@@ -192,8 +217,11 @@ class Strategy(ABC):
         return ()
 
     @abstractmethod
-    def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
-        """Raise ValueError (key, value, fix) if this strategy cannot run so; `plan` is None when `needs` is empty."""
+    def check(self, run: Run) -> None:
+        """Raise ValueError (key, value, fix) if this strategy, with its mesh resolved, cannot serve `run`."""
+
+    def check_plan(self, plan: ParallelPlan, chain: Chain) -> None:  # noqa: B027  # most strategies take any plan
+        """Raise ValueError if a model whose plan has what `needs` asks for cannot be spread so all the same."""
 
     @abstractmethod
     def memory(self, stats: ModelStats, workload: Workload) -> Memory:
@@ -207,9 +235,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def build(
-        self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int
-    ) -> Engine:
+    def build(self, run: Run) -> Engine:
         """The Lightning strategy that trains so; imports torch, so only workers call it."""
 
 

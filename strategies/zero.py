@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from models.plan import ParallelPlan
 from strategies import zero_costs
 from strategies.spec import (
     BYTES,
@@ -19,6 +18,7 @@ from strategies.spec import (
     Dtype,
     Memory,
     Precision,
+    Run,
     Strategy,
     Traffic,
     Workload,
@@ -104,12 +104,12 @@ class Zero(Strategy):
     def extensions(self) -> tuple[str, ...]:
         return ("async_io",) if "nvme" in (self.offload.optimizer, self.offload.parameters) else ()
 
-    def check(self, plan: ParallelPlan | None, world_size: int, *, precision: Precision, accelerator: str) -> None:
+    def check(self, run: Run) -> None:
         only_data_axis(self)
         self.check_stage()
-        self.check_precision(precision)
+        self.check_precision(run.precision)
         self.check_offload()
-        self.check_plus_plus(precision, accelerator)
+        self.check_plus_plus(run)
 
     def check_stage(self) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(Zero)}
@@ -162,14 +162,14 @@ class Zero(Strategy):
                 f"run folder's disk."
             )
 
-    def check_plus_plus(self, precision: Precision, accelerator: str) -> None:
+    def check_plus_plus(self, run: Run) -> None:
         for key in self.plus_plus.chosen:
             word = f"strategy.plus_plus.{key}={getattr(self.plus_plus, key)}"
             if self.stage < 3:
                 raise ValueError(f"{word}: ZeRO++ extends stage 3; leave it out, or choose strategy=zero3.")
-            if accelerator == "cpu":
+            if not run.on_gpu:
                 raise ValueError(f"{word}: ZeRO++ has kernels for GPUs only; leave it out on CPU.")
-            if key.startswith("quantized") and precision.parameter != "bfloat16":
+            if key.startswith("quantized") and run.precision.parameter != "bfloat16":
                 raise ValueError(
                     f"{word}: only 16-bit weights and gradients are quantized; choose precision=bf16_master."
                 )
@@ -290,16 +290,7 @@ class Zero(Strategy):
         """With `prefetch_mb` above 0, some weights are still there in backward: then this is the most that can be."""
         return zero_costs.traffic(self, stats, workload)
 
-    def build(
-        self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, micro_batch_size: int
-    ) -> Engine:
+    def build(self, run: Run) -> Engine:
         from strategies.engines.deepspeed import ZeroEngine
 
-        return ZeroEngine(
-            self,
-            precision=precision,
-            seed=seed,
-            accelerator=accelerator,
-            timeout_s=timeout_s,
-            micro_batch_size=micro_batch_size,
-        )
+        return ZeroEngine(self, run)

@@ -30,7 +30,7 @@ from models.plan import ParallelPlan
 from strategies.engines.averaging import AveragesExactly
 from strategies.engines.materialize import materialize
 from strategies.engines.precision import LossScale, autocast_inside, name
-from strategies.spec import Precision
+from strategies.spec import Run
 
 if TYPE_CHECKING:
     from strategies.zero import Zero
@@ -44,29 +44,19 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
     where other strategies have theirs: once per global batch.
     """
 
-    def __init__(
-        self,
-        spec: Zero,
-        *,
-        precision: Precision,
-        seed: int,
-        accelerator: str,
-        timeout_s: float,
-        micro_batch_size: int,
-    ) -> None:
-        self.on_gpu = accelerator == "gpu"
-        import_deepspeed(on_gpu=self.on_gpu)
+    def __init__(self, spec: Zero, run: Run) -> None:
+        import_deepspeed(on_gpu=run.on_gpu)
         super().__init__(
             config={},  # made in setup(), when the model's size is known
-            precision_plugin=DeepSpeedPrecision("bf16-true" if precision.parameter == "bfloat16" else "32-true"),
-            process_group_backend="nccl" if self.on_gpu else "gloo",
-            timeout=timedelta(seconds=timeout_s),
+            precision_plugin=DeepSpeedPrecision("bf16-true" if run.precision.parameter == "bfloat16" else "32-true"),
+            process_group_backend="nccl" if run.on_gpu else "gloo",
+            timeout=timedelta(seconds=run.timeout_s),
             logging_level=logging.ERROR,  # it warns of every optimizer that is not its own
         )
-        self.spec, self.precision, self.seed, self.micro_batch_size = spec, precision, seed, micro_batch_size
+        self.spec, self.run = spec, run
         self.at_boundary = True  # whether the next backward is its step's last
         self.is_reduced = False  # whether such a backward has been
-        self.scaler = LossScale() if precision.compute == "float16" else None
+        self.scaler = LossScale() if run.precision.compute == "float16" else None
 
     @property
     def module(self) -> pl.LightningModule:
@@ -98,19 +88,19 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         self.nvme = self.nvme_folder(trainer)
         self.config = self.spec.deepspeed_config(
             [parameter.numel() for parameter in module.parameters()],
-            precision=self.precision,
+            precision=self.run.precision,
             accumulation=trainer.accumulate_grad_batches,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.run.micro_batch_size,
             clip_norm=trainer.gradient_clip_val,
             blocks=blocks(module),
             nvme=self.nvme,
-            on_gpu=self.on_gpu,
+            on_gpu=self.run.on_gpu,
         )
         if self.is_global_zero:
             (Path(trainer.default_root_dir) / "deepspeed.json").write_text(json.dumps(self.config, indent=2) + "\n")
         self.make(module)
-        if self.precision.autocasts:
-            autocast_inside(module, self.root_device.type, getattr(torch, self.precision.compute))
+        if self.run.precision.autocasts:
+            autocast_inside(module, self.root_device.type, getattr(torch, self.run.precision.compute))
         broadcast_buffers(module)
         self.start_engine(module)
         self.setup_precision_plugin()
@@ -120,7 +110,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
     def make(self, module: nn.Module) -> None:
         """Give the net its first weights; under stage 3 no rank ever holds more of it whole than one module."""
         if self.spec.stage < 3:
-            materialize(module, self.root_device, self.seed)
+            materialize(module, self.root_device, self.run.seed)
             return
         import deepspeed
 
@@ -129,7 +119,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         materialize(
             module,
             self.root_device,
-            self.seed,
+            self.run.seed,
             after=lambda made: shards._convert_to_zero_parameters(made.parameters(recurse=False)),
         )
         # DeepSpeed moves no net that is sharded already: buffers that were not on meta are still where they were made.

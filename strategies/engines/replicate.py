@@ -12,7 +12,7 @@ from torch import Tensor
 from strategies.engines.averaging import AveragesExactly
 from strategies.engines.materialize import materialize
 from strategies.engines.precision import name, precision_plugin
-from strategies.spec import Precision
+from strategies.spec import Run
 
 
 class WholeModel(Strategy):
@@ -49,10 +49,10 @@ class WholeModel(Strategy):
 class SingleEngine(WholeModel, SingleDeviceStrategy):
     """One process, one device."""
 
-    def __init__(self, *, precision: Precision, seed: int, accelerator: str) -> None:
-        device = torch.device("cuda", 0) if accelerator == "gpu" else torch.device("cpu")
-        super().__init__(device=device, precision_plugin=precision_plugin(precision, device.type))
-        self.seed = seed
+    def __init__(self, run: Run) -> None:
+        device = torch.device("cuda", 0) if run.on_gpu else torch.device("cpu")
+        super().__init__(device=device, precision_plugin=precision_plugin(run.precision, device.type))
+        self.seed = run.seed
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -62,13 +62,12 @@ class SingleEngine(WholeModel, SingleDeviceStrategy):
 class DDPEngine(WholeModel, AveragesExactly):
     """The model on every rank; DistributedDataParallel averages the gradients."""
 
-    def __init__(self, *, precision: Precision, seed: int, accelerator: str, timeout_s: float, bucket_mb: int) -> None:
-        on_gpu = accelerator == "gpu"
+    def __init__(self, run: Run, *, bucket_mb: int) -> None:
         super().__init__(
-            precision_plugin=precision_plugin(precision, "cuda" if on_gpu else "cpu"),
-            process_group_backend="nccl" if on_gpu else "gloo",
-            timeout=timedelta(seconds=timeout_s),
+            precision_plugin=precision_plugin(run.precision, "cuda" if run.on_gpu else "cpu"),
+            process_group_backend="nccl" if run.on_gpu else "gloo",
+            timeout=timedelta(seconds=run.timeout_s),
             bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
         )
-        self.seed = seed
+        self.seed = run.seed

@@ -1,7 +1,5 @@
 """A strategy that needs a part of the plan, as sharding ones do; it trains like one process."""
 
-from typing import ClassVar
-
 from pydantic.dataclasses import dataclass
 
 from strategies.replicate import Single
@@ -10,4 +8,6 @@ from strategies.spec import STRICT
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class NeedsTensor(Single):
-    needs: ClassVar[frozenset[str]] = frozenset({"tensor"})
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tensor"})

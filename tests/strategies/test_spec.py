@@ -1,5 +1,6 @@
 """Meshes, precisions and presets, before any process exists."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml
 from hydra.utils import instantiate
 
 from launch.compose import compose
-from strategies.spec import Mesh, Precision, Strategy, Transfer
+from strategies.spec import Mesh, Precision, Run, Strategy, Transfer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted(path for path in (CONF / "strategy").glob("*.yaml") if not path.name.startswith("_"))
@@ -21,8 +22,8 @@ def test_preset_is_a_spec_that_bears_its_files_name(path: Path) -> None:
     strategy = instantiate(compose([f"strategy={path.stem}"])["strategy"], _convert_="all")
     assert isinstance(strategy, Strategy)
     assert strategy.name == path.stem
-    mesh = strategy.mesh.resolve(None)
-    strategy.check(None, mesh.world_size, precision=FP32, accelerator="cpu")
+    run = Run(precision=FP32, seed=1, accelerator="cpu", timeout_s=60, micro_batch_size=8)
+    replace(strategy, mesh=strategy.mesh.resolve(None, strategy.rehearsal_ranks)).check(run)
 
 
 @pytest.mark.parametrize("path", PRECISIONS, ids=lambda path: path.stem)
@@ -47,7 +48,7 @@ def test_first_line_says_what_choosing_it_does(path: Path) -> None:
 def test_open_axis_takes_what_is_left_of_the_world() -> None:
     assert Mesh(data="auto", tensor=2).resolve(8) == Mesh(data=4, tensor=2)
     assert Mesh(data="auto").resolve(None).world_size == 2
-    assert Mesh(pipe=2, data="auto", tensor=2).resolve(None).world_size == 4
+    assert Mesh(pipe=2, data="auto", tensor=2).resolve(None).world_size == 8
 
 
 def test_closed_mesh_leaves_further_devices_idle() -> None:

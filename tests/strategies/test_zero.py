@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch.compose import compose
-from launch.job import Job, resolve
+from launch.job import Job, resolve, run_of
 from launch.schema import ConfigError, validate
 from strategies.zero import PlusPlus, Zero
 
@@ -66,11 +66,11 @@ def test_what_cannot_run_is_refused_in_one_line(words: list[str], said: list[str
 
 
 def test_secondary_shards_must_divide_the_ranks() -> None:
-    strategy = job_of("strategy=zero3", "launcher.devices=4").strategy
-    assert isinstance(strategy, Zero)
-    odd = replace(strategy, plus_plus=PlusPlus(secondary_ranks=3))
+    job = job_of("strategy=zero3", "launcher.devices=4", "precision=bf16_master")
+    assert isinstance(job.strategy, Zero)
+    odd = replace(job.strategy, plus_plus=PlusPlus(secondary_ranks=3))
     with pytest.raises(ValueError, match="secondary_ranks=3 does not divide"):
-        odd.check(None, 4, precision=job_of("precision=bf16_master").config.precision, accelerator="gpu")
+        odd.check(run_of(job.config, job.data, "gpu"))
 
 
 TINY = [128 * 256, *[128] * 8, *[128 * 128] * 24, 256 * 128]
@@ -108,7 +108,7 @@ def test_zero_plus_plus_reaches_deepspeed() -> None:
     assert isinstance(job.strategy, Zero)
     options = PlusPlus(secondary_ranks=2, quantized_weights=True, quantized_gradients=True)
     strategy = replace(job.strategy, plus_plus=options)
-    strategy.check(None, 4, precision=job.config.precision, accelerator="gpu")
+    strategy.check(run_of(job.config, job.data, "gpu"))
     section = strategy.deepspeed_config(
         TINY,
         precision=job.config.precision,
