@@ -50,6 +50,21 @@ class BatchDataset(Dataset[Batch]):
         return tensors[0] if len(tensors) == 1 else tensors
 
 
+class ShapesDataset(BatchDataset):
+    """Batches of the right shapes and formats on the meta device, for ranks that look at no sample."""
+
+    def __getitem__(self, indices: Indices) -> Batch:
+        first = super().__getitem__(indices[:1])
+        if isinstance(first, torch.Tensor):
+            return many(first, len(indices))
+        return [many(tensor, len(indices)) for tensor in first]
+
+
+def many(one: torch.Tensor, count: int) -> torch.Tensor:
+    """A meta tensor like a batch of `count` samples, given a batch of one."""
+    return torch.empty(count, *one.shape[1:], dtype=one.dtype, device="meta")
+
+
 class TrainLoader(DataLoader[Batch]):
     """A loader that Lightning knows it may resume in mid-epoch.
 
@@ -90,7 +105,7 @@ class SampleDataModule(LightningDataModule):
             first_step=trainer.global_step,
             last_step=trainer.max_steps,
         )
-        return TrainLoader(BatchDataset(samples), sampler=sampler, **self._loading())
+        return TrainLoader(self._batches(samples), sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same samples whatever the strategy; their batches differ in size by at most one."""
@@ -98,7 +113,7 @@ class SampleDataModule(LightningDataModule):
         chosen = evenly_spaced(len(samples), self._data.max_val_samples)
         batches = evaluation_batches(len(chosen), self._data.micro_batch_size, *self._data_slice())
         sampler = [chosen[batch] for batch in batches]
-        return DataLoader(BatchDataset(samples), sampler=sampler, **self._loading())
+        return DataLoader(self._batches(samples), sampler=sampler, **self._loading())
 
     @property
     def _trainer(self) -> Any:
@@ -110,10 +125,19 @@ class SampleDataModule(LightningDataModule):
         slicing = self._trainer.strategy.distributed_sampler_kwargs
         return slicing["rank"], slicing["num_replicas"]
 
+    @property
+    def _sees_batches(self) -> bool:
+        """Whether this rank looks at samples; Lightning's own strategies, which do not say, have every rank do so."""
+        return getattr(self._trainer.strategy, "sees_batches", True)
+
+    def _batches(self, samples: Samples) -> BatchDataset:
+        return BatchDataset(samples) if self._sees_batches else ShapesDataset(samples)
+
     def _loading(self) -> dict[str, Any]:
+        num_workers = self._data.num_workers if self._sees_batches else 0
         return {
             "batch_size": None,
-            "num_workers": self._data.num_workers,
-            "persistent_workers": self._data.num_workers > 0,
-            "pin_memory": self._trainer.strategy.root_device.type == "cuda",
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
+            "pin_memory": self._sees_batches and self._trainer.strategy.root_device.type == "cuda",
         }

@@ -112,7 +112,7 @@ def prepare(
         raise ConfigError(f"data.files={files} is no pattern of files; give one such as 'books/*.txt'.") from None
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}; free some space, or correct the path.") from None
-    if job.strategy.needs:
+    if job.strategy.needs or config.compile:
         preflight.check_model(config, environment(config))
     if job.extensions:
         preflight.build_extensions(job.extensions, config.launcher.accelerator, environment(config))

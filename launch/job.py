@@ -47,6 +47,13 @@ class Job:
         adam = ("cpu_adam",) if on_host(self.config) else ()
         return (*self.strategy.extensions, *adam)
 
+    @property
+    def block_keys(self) -> tuple[str, ...]:
+        """What the run asks for of the plan's blocks, as the user has written it."""
+        mode = self.strategy.activation_checkpointing
+        words = {f"strategy.activation_checkpointing={mode}": mode != "none", "compile=true": self.config.compile}
+        return tuple(word for word, asked in words.items() if asked)
+
     @classmethod
     def of(cls, config: RunConfig) -> Job:
         """The job of a config whose mesh is resolved, as it stands in resolved.yaml."""
@@ -109,6 +116,7 @@ def run_of(config: RunConfig, data: Data, accelerator: str, stats: ModelStats | 
         accelerator=accelerator,
         timeout_s=config.launcher.timeout_s,
         micro_batch_size=data.micro_batch_size,
+        compile=config.compile,
         stats=stats,
     )
 

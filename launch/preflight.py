@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from launch.schema import ConfigError, RunConfig, build_spec, validate
-from strategies.spec import Strategy
+from launch.job import Job
+from launch.schema import ConfigError, RunConfig, validate
 
 
 def check_model(config: RunConfig, environment: Mapping[str, str]) -> None:
-    """ConfigError if the model's plan lacks a part that the strategy needs."""
+    """ConfigError if the model's plan lacks a part that the run needs, or there is no compiler to compile it with."""
     answer = subprocess.run(
         [sys.executable, "-m", "launch.preflight"],
         input=config.model_dump_json(),
@@ -40,13 +40,21 @@ def build_extensions(names: Sequence[str], accelerator: str, environment: Mappin
 
 
 def main() -> None:
-    config = validate(json.load(sys.stdin))
-    strategy: Strategy = build_spec(config.strategy, "strategy", Strategy)
+    job = Job.of(validate(json.load(sys.stdin)))
+    config, strategy = job.config, job.strategy
     from launch.worker import build_model
+    from strategies.engines.extensions import check_compiler
 
+    if config.compile and config.launcher.accelerator == "cpu":
+        check_compiler("compile=true")
     model = build_model(config)
     model.configure_model()
     plan = getattr(model, "plan", None)
+    if job.block_keys and not (plan and plan.blocks):
+        raise ConfigError(
+            f"{job.block_keys[0]} goes block by block, and model={config.choices.get('model')} has no plan.blocks; "
+            f"give {type(model).__name__} a ParallelPlan with `blocks`, or leave the key out."
+        )
     if plan is None:
         raise ConfigError(
             f"model={config.choices.get('model')} has no plan, which strategy={strategy.name} needs "

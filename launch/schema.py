@@ -71,6 +71,7 @@ class RunConfig(Section):
     name: str = Field(min_length=1)
     run_dir: str = Field(min_length=1)
     evidence: bool
+    compile: bool
     trainer: TrainerConfig
     strategy: dict[str, Any]
     model: dict[str, Any]

@@ -90,7 +90,9 @@ class Verifier:
 
     def reference(self, overrides: list[str]) -> tuple[Finished, Finished]:
         """The exact and the reference run for a candidate's overrides, made once."""
-        shared = tuple(word for word in overrides if not key(word).startswith(("strategy", "launcher.devices")))
+        shared = tuple(
+            word for word in overrides if not key(word).startswith(("strategy", "launcher.devices", "compile"))
+        )
         if shared not in self.references:
             number = f"{len(self.references)}-" if self.references else ""
             exact = self.run([*without(shared, "precision"), "strategy=single", "precision=fp64"], f"{number}exact")

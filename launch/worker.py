@@ -267,6 +267,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # With float16 a step that overflows is left out, the very first one too.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
+    # Under torch.compile, inductor imports what torch 2.13 deprecates, and dynamo asks any tensor for its gradient.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is deprecated", DeprecationWarning)
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf Tensor", UserWarning)
+    # FSDP2: nothing is changed in place between the modules of a chain, and what leaves it is no view.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     # metrics.csv lies in the run folder itself, beside files that are there before it.
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
 

@@ -11,7 +11,8 @@ TENSOR_STYLES: Mapping[str, str] = {
     "rowwise": "Linear split along its inputs: takes split inputs, outputs are summed over the ranks; bias whole",
     "embedding": "Embedding split along the vocabulary: outputs are summed over the ranks",
     "vocabulary": "Linear to logits split along the vocabulary: logits stay split, the loss is taken over the shards",
-    "sequence": "parameters whole on every rank, activations split along the sequence (norms)",
+    "sequence": "parameters whole on every rank, activations may be split along dim 1, the sequence (norms)",
+    "whole": "parameters and activations whole on every rank; like sequence, for what feeds modules that are split",
 }
 
 
@@ -41,8 +42,9 @@ class ParallelPlan:
     arguments of the call go to the first module of the stem, each output is the next module's one input, and the
     keyword arguments of the call go to the last module of the head, so that a head may compute the loss itself.
 
-    `tensor` maps FQN globs of modules to a name in TENSOR_STYLES. `tied` pairs the FQNs of a parameter that is one
-    object in two places; the first is its owner.
+    `tensor` maps FQN globs of modules to a name in TENSOR_STYLES; `splits` has the sizes that it divides, by the config
+    keys that set them (`model.net.num_heads`). `tied` pairs the FQNs of a parameter that is one object in two places;
+    the first is its owner.
     """
 
     net: str = "net"
@@ -50,6 +52,7 @@ class ParallelPlan:
     blocks: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     tensor: Mapping[str, str] = field(default_factory=dict)
+    splits: Mapping[str, int] = field(default_factory=dict)
     tied: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,6 +61,10 @@ class ParallelPlan:
                 raise ValueError(
                     f"plan.tensor[{pattern!r}]={style!r} is no style; choose from {', '.join(TENSOR_STYLES)}."
                 )
+
+    def style(self, name: str) -> str | None:
+        """The tensor style of the module called `name`, None where no glob matches it."""
+        return next((style for pattern, style in self.tensor.items() if matches(pattern, name)), None)
 
     def expand(self, module_names: Iterable[str]) -> Chain:
         """Find the plan's modules among the names of `net.named_modules()`.

@@ -2,6 +2,7 @@
 
 python scripts/bench.py overhead [override ...]   our DDP and a plain PyTorch loop
 python scripts/bench.py zero [override ...]       our ZeRO-1, 2 and 3, each with a plain DeepSpeed loop
+python scripts/bench.py grid [override ...]       our fsdp, tensor, pipeline and 2d, each with torch's own parts by hand
 """
 
 import os
@@ -27,12 +28,22 @@ SETTING = [
     "data.max_val_samples=8",
     "logger=none",
 ]
-BENCHMARKS = {"overhead": ["ddp"], "zero": ["zero1", "zero2", "zero3"]}
+WHOLE_BATCH = "data.micro_batch_size=16"  # of one data rank: nothing is to be accumulated
+BENCHMARKS = {
+    "overhead": [["strategy=ddp"]],
+    "zero": [["strategy=zero1"], ["strategy=zero2"], ["strategy=zero3"]],
+    "grid": [
+        ["strategy=fsdp"],
+        ["strategy=tensor", WHOLE_BATCH],
+        ["strategy=pipeline", WHOLE_BATCH],
+        ["strategy=2d", "launcher.devices=4"],
+    ],
+}
 
 
-def measure(strategy: str, overrides: list[str]) -> int:
+def measure(case: list[str], overrides: list[str]) -> int:
     """Run this script once per rank under torchrun, as `rank`."""
-    words = [f"strategy={strategy}", *SETTING, *overrides]
+    words = [*SETTING, *case, *overrides]
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(compose([*words, f"run_dir='{folder}'"]))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.world_size}"]
@@ -56,7 +67,7 @@ def main(arguments: list[str]) -> int:
         case ["rank", *words]:
             return rank(words)
         case [name, *overrides] if name in BENCHMARKS:
-            return max(measure(strategy, overrides) for strategy in BENCHMARKS[name])
+            return max(measure(case, overrides) for case in BENCHMARKS[name])
     print(__doc__, file=sys.stderr)
     return 2
 

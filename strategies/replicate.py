@@ -48,7 +48,7 @@ class Single(Strategy):
     def build(self, run: Run) -> Engine:
         from strategies.engines.replicate import SingleEngine
 
-        return SingleEngine(run)
+        return SingleEngine(run, checkpointing=self.activation_checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -72,4 +72,4 @@ class DDP(Strategy):
     def build(self, run: Run) -> Engine:
         from strategies.engines.replicate import DDPEngine
 
-        return DDPEngine(run, bucket_mb=self.bucket_mb)
+        return DDPEngine(run, bucket_mb=self.bucket_mb, checkpointing=self.activation_checkpointing)

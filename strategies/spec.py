@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 STRICT = ConfigDict(extra="forbid")
 AxisSize = PositiveInt | Literal["auto"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Checkpointing = Literal["none", "full"] | Annotated[str, Field(pattern=r"^every_[1-9][0-9]*$")]
 BYTES: dict[Dtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # A rehearsal on CPU that was not told otherwise: the smallest axis on which a rank still has somebody to talk to.
@@ -122,6 +123,7 @@ class Workload:
 
     precision: Precision
     accumulation: int = 1  # micro-batches of a data rank per optimizer step
+    micro_batch_size: int = 1  # samples in each of them
     on_gpu: bool = False
     moments: int = 2  # tensors that the optimizer keeps per parameter besides the weight itself: AdamW 2, momentum 1
 
@@ -187,6 +189,7 @@ class Run:
     accelerator: str
     timeout_s: float  # for a collective
     micro_batch_size: int  # samples of a data rank per training step
+    compile: bool = False  # whether the plan's blocks are compiled
     stats: ModelStats | None = None  # None before the model is made, and where it cannot be measured
 
     @property
@@ -200,10 +203,17 @@ class Strategy(ABC):
 
     name: str
     mesh: Mesh = Field(default_factory=Mesh)
+    activation_checkpointing: Checkpointing = "none"  # blocks whose activations are computed again in backward
 
+    @final  # a strategy's own needs are `cuts_at`
     @property
     def needs(self) -> frozenset[str]:
         """Parts of ParallelPlan without which this strategy cannot run."""
+        return self.cuts_at | ({"blocks"} if self.activation_checkpointing != "none" else frozenset())
+
+    @property
+    def cuts_at(self) -> frozenset[str]:
+        """Parts of ParallelPlan by which this kind of strategy spreads a model."""
         return frozenset()
 
     @property

@@ -101,6 +101,11 @@ class Zero(Strategy):
         return self.unit == "block" and self.offload.parameters != "nvme"
 
     @property
+    def gathers_layers_again(self) -> bool:
+        """Whether forwards that run again in backward gather weights by themselves; a block's are there by then."""
+        return self.activation_checkpointing != "none" and not self.gathers_blocks
+
+    @property
     def extensions(self) -> tuple[str, ...]:
         return ("async_io",) if "nvme" in (self.offload.optimizer, self.offload.parameters) else ()
 
@@ -110,6 +115,7 @@ class Zero(Strategy):
         self.check_precision(run.precision)
         self.check_offload()
         self.check_plus_plus(run)
+        self.check_compile(run)
 
     def check_stage(self) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(Zero)}
@@ -177,6 +183,18 @@ class Zero(Strategy):
             raise ValueError(
                 f"strategy.plus_plus.secondary_ranks={self.plus_plus.secondary_ranks} does not divide the data axis of "
                 f"{self.mesh.data} ranks; choose a divisor, such as the GPUs of a node."
+            )
+
+    def check_compile(self, run: Run) -> None:
+        if run.compile and self.stage == 3 and not self.gathers_blocks:
+            layerwise, blockwise = (
+                ("unit=module", "unit=block")
+                if self.unit == "module"
+                else ("offload.parameters=nvme", "offload.parameters=cpu")
+            )
+            raise ValueError(
+                f"compile=true: strategy.{layerwise} gathers weights layer by layer, which breaks a compiled block in "
+                f"pieces; set strategy.{blockwise}, or compile=false."
             )
 
     def tune(self, sizes: Sequence[int], precision: Precision, *, on_gpu: bool) -> Tuning:
@@ -287,7 +305,10 @@ class Zero(Strategy):
         return described(self, stats, workload)
 
     def traffic(self, stats: ModelStats, workload: Workload) -> Traffic:
-        """With `prefetch_mb` above 0, some weights are still there in backward: then this is the most that can be."""
+        """The most that can be, where some weights are still there in backward, or not all blocks run forward again.
+
+        The one is so with `prefetch_mb` above 0, the other with `unit=module` and activation checkpointing.
+        """
         return zero_costs.traffic(self, stats, workload)
 
     def build(self, run: Run) -> Engine:

@@ -159,9 +159,9 @@ def split(sizes: Iterable[int], whole_below: int, ranks: int) -> tuple[int, int]
     return sharded, sum(padded(size, ranks) for size in sizes if size <= whole_below)
 
 
-def largest_unit(spec: Zero, stats: ModelStats) -> int:
-    """Elements of the most that is gathered at once: a block where the plan has some, or one layer's parameters."""
-    units = stats.parameters_by_unit.values() if spec.gathers_blocks else ()
+def largest_unit(stats: ModelStats, *, by_block: bool) -> int:
+    """Elements of the most that is there at once: of a block where the plan has some, or of one layer's parameters."""
+    units = stats.parameters_by_unit.values() if by_block else ()
     return max([*units, *stats.sizes])
 
 
@@ -172,7 +172,9 @@ def sharded_memory(spec: Zero, stats: ModelStats, workload: Workload) -> Memory:
     tuning = spec.tune(stats.sizes, precision, on_gpu=workload.on_gpu)
     sharded, whole = split(stats.sizes, tuning.whole_below, ranks)
     owned = (sharded + whole) // ranks
-    unit = largest_unit(spec, stats)
+    unit = largest_unit(stats, by_block=spec.gathers_blocks)
+    # A forward that runs again in backward keeps what it gathers, layer by layer, until the block is done.
+    gathered = largest_unit(stats, by_block=spec.gathers_blocks or spec.activation_checkpointing != "none")
     offloads = spec.offload.optimizer != "none"
     # A unit's fresh gradients in backward; in the step, a sub-group's in the master's format.
     fresh = unit * parameter
@@ -187,7 +189,7 @@ def sharded_memory(spec: Zero, stats: ModelStats, workload: Workload) -> Memory:
         parameters=shards + whole * parameter,
         gradients=gradients,
         optimizer=copies,
-        buffers=(tuning.bucket + max(unit, tuning.live if tuning.prefetch else 0)) * parameter,
+        buffers=(tuning.bucket + max(gathered, tuning.live if tuning.prefetch else 0)) * parameter,
         host=lies_in["cpu"],
         disk=lies_in["nvme"],
     )
@@ -214,8 +216,9 @@ def traffic(spec: Zero, stats: ModelStats, workload: Workload) -> Traffic:
     whole_below = spec.tune(stats.sizes, precision, on_gpu=workload.on_gpu).whole_below
     sharded, whole = split(stats.sizes, whole_below, ranks)
     again, _ = split(stats.reused, whole_below, ranks)
+    gathers = 3 if spec.gathers_layers_again else 2
     return (
         over_data("reduce_scatter", times * (sharded + whole) * reduced),
-        # In forward and once more in backward, in every place of the net; what stays whole, after the step.
-        over_data("all_gather", (2 * times * (sharded + again) + whole) * parameter),
+        # In forward and again in backward, in every place of the net; what stays whole, after the step.
+        over_data("all_gather", (gathers * times * (sharded + again) + whole) * parameter),
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 90
+TIMEOUT_S = 180  # compiling a block on two ranks takes 75 s where two busy cores are all there is
 
 
 def free_port() -> int:

@@ -48,8 +48,14 @@ class StepEvidence:
 
 
 def sample_digests(batch: Any) -> list[str]:
-    """A digest of each sample's content, over all tensors of the batch; says which samples were really used."""
-    leaves = [leaf.detach().cpu() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    """A digest of each sample's content, over all tensors of the batch; says which samples were really used.
+
+    None of a batch that has shapes but no content: its rank looks at no sample.
+    """
+    leaves = [leaf.detach() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    if any(leaf.is_meta for leaf in leaves):
+        return []
+    leaves = [leaf.cpu() for leaf in leaves]
     # Rounded to float32: in a float64 run Lightning casts inputs, and the samples are still the same ones.
     rows = [leaf.float() if leaf.is_floating_point() else leaf for leaf in leaves]
     return [

@@ -166,6 +166,12 @@ class GPT(nn.Module):
             blocks=("blocks.*",),
             head=("norm", "head"),
             tensor=BLOCK_STYLES | gate | {"embed.tokens": "embedding", "norm": "sequence", "head.logits": "vocabulary"},
+            splits={
+                "model.net.vocab_size": vocab_size,
+                "model.net.num_heads": num_heads,
+                "model.net.num_kv_heads": num_kv_heads,
+                "model.net.mlp_size": mlp_size,
+            },
             tied=(("embed.tokens.weight", "head.logits.weight"),) if tie_embeddings else (),
         )
 

@@ -112,8 +112,16 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(make_block() for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size, NORM_EPS)
         self.head = ClassHead(hidden_size=hidden_size, num_classes=num_classes, std=init_std)
-        # Under tensor parallelism the embedding and the head stay whole: they are small.
-        self.plan = ParallelPlan(stem=("embed",), blocks=("blocks.*",), head=("norm", "head"), tensor=BLOCK_STYLES)
+        # Under tensor parallelism the embedding and the head stay whole: they are small. So does the sequence: with the
+        # class token its length is odd.
+        whole = {"blocks.*.attention_norm": "whole", "blocks.*.mlp_norm": "whole"}
+        self.plan = ParallelPlan(
+            stem=("embed",),
+            blocks=("blocks.*",),
+            head=("norm", "head"),
+            tensor=BLOCK_STYLES | whole,
+            splits={"model.net.num_heads": num_heads, "model.net.mlp_size": mlp_size},
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)

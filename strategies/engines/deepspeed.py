@@ -26,8 +26,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models.plan import ParallelPlan
 from strategies.engines.averaging import AveragesExactly
+from strategies.engines.blocks import blocks_of, chain_of, rework
 from strategies.engines.materialize import materialize
 from strategies.engines.precision import LossScale, autocast_inside, name
 from strategies.spec import Run
@@ -84,6 +84,8 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         self.accelerator.setup(trainer)
         module = self.module
         check_module(module, self.spec.name)
+        if self.run.compile and self.spec.stage == 3:
+            check_compiled(module, self.spec.name)
         self.precision_plugin.convert_module(module)  # in place
         self.nvme = self.nvme_folder(trainer)
         self.config = self.spec.deepspeed_config(
@@ -92,7 +94,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             accumulation=trainer.accumulate_grad_batches,
             micro_batch_size=self.run.micro_batch_size,
             clip_norm=trainer.gradient_clip_val,
-            blocks=blocks(module),
+            blocks=leaf_blocks(module),
             nvme=self.nvme,
             on_gpu=self.run.on_gpu,
         )
@@ -102,6 +104,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         if self.run.precision.autocasts:
             autocast_inside(module, self.root_device.type, getattr(torch, self.run.precision.compute))
         broadcast_buffers(module)
+        rework(blocks_of(module), compiled=self.run.compile, checkpointing=self.spec.activation_checkpointing)
         self.start_engine(module)
         self.setup_precision_plugin()
         self.dtypes = self.dtypes_in_use()
@@ -181,7 +184,13 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             )
         self.is_reduced = self.at_boundary
         # Lightning has divided the loss by the accumulation already; DeepSpeed would do it once more.
-        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+        result = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+        if self.spec.stage == 3 and self.spec.activation_checkpointing != "none":
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            # A forward that runs again ends inside a module, which is then left on this stack for good.
+            del FWD_MODULE_STACK[1:]
+        return result
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
@@ -251,23 +260,21 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             yield fqn, weight
 
 
-def blocks(module: pl.LightningModule) -> list[str]:
+def leaf_blocks(module: pl.LightningModule) -> list[str]:
     """FQNs of the plan's blocks that DeepSpeed may gather and reduce as one; none where there is no plan.
 
     It reduces a block when the gradient of the block's input is there. So a block must have something trainable before
     it (else torch has no such gradient, and reports it at once), and share no parameter with another module, whose
     gradient would come later and be lost.
     """
-    plan: ParallelPlan = getattr(module, "plan", ParallelPlan(net=""))
-    net = module.get_submodule(plan.net)
-    chain = plan.expand(name for name, _ in net.named_modules())
+    chain = chain_of(module)
     uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
     found, trainable_before = [], False
     for fqn in chain.modules:
-        part = net.get_submodule(fqn)
+        part = module.get_submodule(fqn)
         inside = Counter(id(parameter) for _, parameter in part.named_parameters(remove_duplicate=False))
         if fqn in chain.blocks and trainable_before and all(uses[key] == count for key, count in inside.items()):
-            found.append(f"{plan.net}.{fqn}".lstrip("."))
+            found.append(fqn)
         trainable_before |= any(parameter.requires_grad for parameter in part.parameters())
     return found
 
@@ -286,6 +293,16 @@ def check_module(module: pl.LightningModule, strategy: str) -> None:
             raise ValueError(
                 f"strategy={strategy}: DeepSpeed cannot hold {kind}'s parameter {fqn} of shape (); give it shape (1,)."
             )
+
+
+def check_compiled(module: pl.LightningModule, strategy: str) -> None:
+    """ValueError for a block inside of which DeepSpeed's hooks gather weights: torch.compile cannot trace them."""
+    apart = set(chain_of(module).blocks) - set(leaf_blocks(module))
+    if apart:
+        raise ValueError(
+            f"compile=true: strategy={strategy} cannot gather {type(module).__name__}'s block {min(apart)} at once: it "
+            f"shares a parameter or has nothing trainable before it; set compile=false, or choose strategy=zero2."
+        )
 
 
 def broadcast_buffers(module: nn.Module) -> None:

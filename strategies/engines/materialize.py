@@ -24,6 +24,49 @@ def nothing(module: nn.Module) -> None:
     """What most strategies do to a module that has just been made."""
 
 
+class Materializer:
+    """Makes the parts of a net that a rank owns, with the values that the whole net would have.
+
+    Knows where every parameter of `root` stands first, so that one that is shared with a part which is not made here,
+    or has been cut off since, still gets its values by its owner's FQN.
+    """
+
+    def __init__(self, root: nn.Module, device: torch.device, seed: int) -> None:
+        self.root, self.device, self.seed = root, device, seed
+        self.owners: dict[Tensor, tuple[str, nn.Module]] = {}
+        self.shared: set[Tensor] = set()
+        for fqn, module in root.named_modules():
+            for _, tensor in owned_meta_tensors(module):
+                if tensor in self.owners:
+                    self.shared.add(tensor)
+                self.owners.setdefault(tensor, (fqn, module))
+        self.made: dict[Tensor, Tensor] = {}
+
+    def make(self, prefix: str = "", after: Callable[[nn.Module], None] = nothing) -> None:
+        """Materialize the module called `prefix` and all in it, see `materialize`; what was not on meta is moved."""
+        for module in self.root.get_submodule(prefix).modules():
+            owned = dict(owned_meta_tensors(module))
+            for meta in owned.values():
+                if meta not in self.made:
+                    self.draw(*self.owners[meta])
+            for name, meta in owned.items():
+                put(module, name, self.made[meta])
+                if meta not in self.shared:
+                    del self.made[meta]  # it may be sharded next: nobody is to hold it whole
+            after(module)
+        self.root.get_submodule(prefix).to(self.device)
+
+    def draw(self, fqn: str, module: nn.Module) -> None:
+        """Make the tensors that `module` owns; it is left holding them on meta."""
+        owned = dict(owned_meta_tensors(module))
+        for name, value in draw(module, owned, fqn, self.seed).items():
+            meta = owned[name]
+            put(module, name, meta)
+            if meta not in self.made:
+                value = value.to(device=self.device, dtype=meta.dtype)
+                self.made[meta] = nn.Parameter(value, meta.requires_grad) if isinstance(meta, nn.Parameter) else value
+
+
 def materialize(root: nn.Module, device: torch.device, seed: int, after: Callable[[nn.Module], None] = nothing) -> None:
     """Give the meta-device tensors of `root` storage on `device` and their initial values, module by module.
 
@@ -35,16 +78,7 @@ def materialize(root: nn.Module, device: torch.device, seed: int, after: Callabl
 
     Raises ValueError naming the module if it holds a parameter but has no `reset_parameters`.
     """
-    made: dict[Tensor, Tensor] = {}
-    for fqn, module in root.named_modules():
-        owned = dict(owned_meta_tensors(module))
-        fresh = draw(module, owned, fqn, seed) if owned else {}
-        for name, meta in owned.items():
-            if meta not in made:
-                value = fresh[name].to(device=device, dtype=meta.dtype)
-                made[meta] = nn.Parameter(value, meta.requires_grad) if isinstance(meta, nn.Parameter) else value
-            put(module, name, made[meta])
-        after(module)
+    Materializer(root, device, seed).make(after=after)
 
 
 def draw(module: nn.Module, owned: dict[str, Tensor], fqn: str, seed: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor
 
 from strategies.engines.averaging import AveragesExactly
+from strategies.engines.blocks import blocks_of, rework
 from strategies.engines.materialize import materialize
 from strategies.engines.precision import name, precision_plugin
 from strategies.spec import Run
@@ -18,11 +19,13 @@ from strategies.spec import Run
 class WholeModel(Strategy):
     """What holds for every strategy whose ranks each keep all of the model; mixed into a Lightning strategy."""
 
-    seed: int
+    run: Run
+    checkpointing: str
     dtypes: dict[str, str]
 
     def setup(self, trainer: pl.Trainer) -> None:
-        materialize(self.module, self.root_device, self.seed)
+        materialize(self.module, self.root_device, self.run.seed)
+        rework(blocks_of(self.module), compiled=self.run.compile, checkpointing=self.checkpointing)
         super().setup(trainer)
         parameter = next(self.module.parameters()).dtype
         master = self.optimizers[0].param_groups[0]["params"][0].dtype if self.optimizers else parameter
@@ -49,10 +52,10 @@ class WholeModel(Strategy):
 class SingleEngine(WholeModel, SingleDeviceStrategy):
     """One process, one device."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, checkpointing: str) -> None:
         device = torch.device("cuda", 0) if run.on_gpu else torch.device("cpu")
         super().__init__(device=device, precision_plugin=precision_plugin(run.precision, device.type))
-        self.seed = run.seed
+        self.run, self.checkpointing = run, checkpointing
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -62,7 +65,7 @@ class SingleEngine(WholeModel, SingleDeviceStrategy):
 class DDPEngine(WholeModel, AveragesExactly):
     """The model on every rank; DistributedDataParallel averages the gradients."""
 
-    def __init__(self, run: Run, *, bucket_mb: int) -> None:
+    def __init__(self, run: Run, *, bucket_mb: int, checkpointing: str) -> None:
         super().__init__(
             precision_plugin=precision_plugin(run.precision, "cuda" if run.on_gpu else "cpu"),
             process_group_backend="nccl" if run.on_gpu else "gloo",
@@ -70,4 +73,4 @@ class DDPEngine(WholeModel, AveragesExactly):
             bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
         )
-        self.seed = run.seed
+        self.run, self.checkpointing = run, checkpointing

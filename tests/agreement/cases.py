@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 STEPS = 4
 GLOBAL_BATCH = 16
+WHOLE_BATCH = f"data.micro_batch_size={GLOBAL_BATCH}"  # what one process takes at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class Case:
     accumulation: int = 1
     world_size: int = 2
     precision: str = "fp32"
+    checkpointing: str = "none"
+    compile: bool = False
+    unit: str = "block"  # what ZeRO-3 gathers at once
+    words: tuple[str, ...] = ()  # further overrides of the candidate alone
 
     @property
     def shared(self) -> list[str]:
@@ -34,7 +39,6 @@ class Case:
             f"trainer.max_steps={STEPS}",
             "trainer.val_every_steps=null",
             f"data.global_batch_size={GLOBAL_BATCH}",
-            f"data.micro_batch_size={GLOBAL_BATCH // self.world_size // self.accumulation}",
             "data.max_val_samples=19",  # ragged at every world size
             "logger=none",
             "evidence=true",
@@ -58,21 +62,63 @@ class Case:
     @property
     def overrides(self) -> list[str]:
         choices = [f"precision={self.precision}", f"strategy={self.strategy}", f"launcher.devices={self.world_size}"]
-        return [*self.shared, *choices]
+        micro_batch_size = GLOBAL_BATCH // self.data_ranks // self.accumulation
+        return [*self.shared, f"data.micro_batch_size={micro_batch_size}", *choices, *self.extras]
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that see different samples."""
+        on_other_axes = {"tensor": 0, "pipeline": 0, "model_parallel": 0, "2d": 2, "2d_pipeline": 2, "3d": 4}
+        others = on_other_axes.get(self.strategy, 1)
+        return self.world_size // others if others else 1
+
+    @property
+    def extras(self) -> list[str]:
+        """Overrides of the candidate alone, beyond its strategy; empty where nothing but defaults is asked for."""
+        words = {
+            f"strategy.activation_checkpointing={self.checkpointing}": self.checkpointing != "none",
+            f"strategy.unit={self.unit}": self.unit != "block",
+            "compile=true": self.compile,
+        }
+        return [*(word for word, asked in words.items() if asked), *self.words]
 
     @property
     def reference_overrides(self) -> list[str]:
-        return [*self.shared, f"precision={self.precision}", "strategy=single"]
+        return [*self.shared, WHOLE_BATCH, f"precision={self.precision}", "strategy=single"]
 
     @property
     def exact_overrides(self) -> list[str]:
-        return [*self.shared, "precision=fp64", "strategy=single"]
+        return [*self.shared, WHOLE_BATCH, "precision=fp64", "strategy=single"]
 
     def __str__(self) -> str:
         switches = [self.model, self.optimizer, "clip" if self.clip else "no-clip", "tied" if self.tied else "untied"]
         return "-".join(
-            [self.strategy, *switches, f"accumulate{self.accumulation}", f"x{self.world_size}", self.precision]
+            [
+                self.strategy,
+                *switches,
+                f"accumulate{self.accumulation}",
+                f"x{self.world_size}",
+                self.precision,
+                *(word.removeprefix("strategy.") for word in self.extras),
+            ]
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnCase(Case):
+    """A case whose model is one of tests/strategies/own_models.py."""
+
+    own: str
+
+    @property
+    def shared(self) -> list[str]:
+        kept = [word for word in super().shared if not word.startswith(("model.net", "scheduler"))]
+        return [*kept, f"model._target_=tests.strategies.own_models.{self.own}"]
+
+
+def own(name: str, **case: Any) -> Case:
+    """A case of a model in tests/strategies/own_models.py."""
+    return OwnCase(model="vit", own=name, **case)
 
 
 VIT = [
@@ -123,4 +169,22 @@ PRECISION_CASES = [
     Case(strategy="zero3", optimizer="sgd", clip=False, precision="bf16_master"),
     Case(strategy="zero2", precision="bf16_pure"),
     Case(strategy="zero3_offload", model="vit", precision="bf16_master"),
+]
+
+# Forward runs again in backward, by blocks that are gathered at once and by layers that are not.
+CHECKPOINTING_CASES = [
+    Case(strategy="single", world_size=1, checkpointing="full"),
+    Case(strategy="ddp", tied=True, accumulation=2, checkpointing="every_2"),
+    Case(strategy="ddp", precision="bf16", checkpointing="full"),
+    Case(strategy="zero1", tied=True, accumulation=2, checkpointing="full"),
+    Case(strategy="zero2", model="vit", precision="bf16_master", checkpointing="every_2"),
+    Case(strategy="zero3", tied=True, accumulation=2, checkpointing="full"),
+    Case(strategy="zero3", tied=True, accumulation=2, checkpointing="full", unit="module"),
+    Case(strategy="zero3", precision="bf16", checkpointing="every_2", unit="module"),
+    Case(strategy="zero3_offload", model="vit", checkpointing="full"),
+]
+
+COMPILE_CASES = [
+    Case(strategy="ddp", compile=True, precision="bf16", checkpointing="full"),
+    Case(strategy="zero3", compile=True, tied=True, accumulation=2),
 ]

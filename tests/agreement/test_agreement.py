@@ -13,7 +13,7 @@ from launch.schema import validate
 from launch.worker import train
 from strategies.engines.deepspeed import import_deepspeed
 from tests.agreement import faults
-from tests.agreement.cases import DDP_CASES, PRECISION_CASES, ZERO_CASES, Case
+from tests.agreement.cases import CHECKPOINTING_CASES, COMPILE_CASES, DDP_CASES, PRECISION_CASES, ZERO_CASES, Case
 from tests.harness import run_ranks
 from tracking.agreement import Check, compare
 from tracking.evidence import Evidence
@@ -61,7 +61,11 @@ def deepspeed_imported() -> None:
     import_deepspeed(on_gpu=False)
 
 
-@pytest.mark.parametrize("case", [*DDP_CASES, *ZERO_CASES, *PRECISION_CASES], ids=str)
+# Where no earlier run has left compiled code, a compiler needs 20 s for a block of ours.
+COMPILED = [pytest.param(case, marks=pytest.mark.slow) for case in COMPILE_CASES]
+
+
+@pytest.mark.parametrize("case", [*DDP_CASES, *ZERO_CASES, *PRECISION_CASES, *CHECKPOINTING_CASES, *COMPILED], ids=str)
 def test_strategy_agrees_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
     checks = checks_of(case, tmp_path, references)
     assert [check for check in checks if not check.passed] == []

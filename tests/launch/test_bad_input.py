@@ -8,6 +8,8 @@ import pytest
 
 from tests.launch.command import TINY, train
 
+NO_BLOCKS = ["model=vit_tiny", "data=digits", "model._target_=tests.strategies.own_models.DropsOut"]
+
 MISTAKES = {
     "unknown preset": (["strategy=zero9"], ["zero9", "single"]),
     "unknown key": (["trainer.max_step=3"], ["max_step"]),
@@ -51,8 +53,28 @@ MISTAKES = {
         ["strategy._target_=tests.strategies.needy.NeedsTensor", "model._target_=tests.launch.failing.CannotBeSplit"],
         ["model=CannotBeSplit", "plan.tensor", "another strategy"],
     ),
+    "blocks to compute again that the plan does not name": (
+        [*NO_BLOCKS, "strategy.activation_checkpointing=full"],
+        ["strategy.activation_checkpointing=full", "model=vit_tiny", "no plan.blocks", "DropsOut"],
+    ),
+    "blocks to compile that the plan does not name": (
+        [*NO_BLOCKS, "compile=true"],
+        ["compile=true", "model=vit_tiny", "no plan.blocks", "leave the key out"],
+    ),
+    "activation checkpointing by a wrong word": (
+        ["strategy=ddp", "strategy.activation_checkpointing=maybe"],
+        ["strategy.activation_checkpointing", "'none' or 'full'", "every_", "(got 'maybe')"],
+    ),
+    "compile that is neither true nor false": (["compile=blocks"], ["compile", "blocks"]),
     "sweep folder that is none": (["resume_sweep=taken"], ["resume_sweep=taken"]),
 }
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
+    run = train(tmp_path, *TINY, "compile=true", CXX="/nowhere/c++")
+    assert run.returncode == 2
+    assert "compile=true needs a C++ compiler, and '/nowhere/c++' is not there" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
 
 
 @pytest.fixture

@@ -9,5 +9,5 @@ from strategies.spec import STRICT
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class NeedsTensor(Single):
     @property
-    def needs(self) -> frozenset[str]:
+    def cuts_at(self) -> frozenset[str]:
         return frozenset({"tensor"})

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics.classification import MulticlassAccuracy
 
 from models.plan import ParallelPlan
 
@@ -117,3 +118,174 @@ class StepsTwiceBackward(Blocks):
             self.manual_backward(loss)
         optimizer.step()
         return loss
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm beside a shortcut, as in ResNet (He et al. 2016)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.layers(x)).relu()
+
+
+class Classifier(nn.Module):
+    """The mean over all positions, then two layers."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.hidden, self.logits = nn.Linear(channels, 16), nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.hidden(x.mean((2, 3))).relu())
+
+
+class ResNet(Blocks):
+    """A chain with BatchNorm; tensor ranks share the head's two layers."""
+
+    plan = ParallelPlan(
+        stem=("stem",),
+        blocks=("blocks.*",),
+        head=("head",),
+        tensor={"head.hidden": "colwise", "head.logits": "rowwise"},
+    )
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential()
+            self.net.add_module("stem", nn.Conv2d(1, 8, 3, padding=1))
+            self.net.add_module("blocks", nn.Sequential(*(Residual(8) for _ in range(4))))
+            self.net.add_module("head", Classifier(8, 10))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self.net(images), labels)
+
+
+class MLP(Blocks):
+    """A plain chain; tensor ranks share each block's two layers."""
+
+    plan = ParallelPlan(
+        stem=("0",),
+        blocks=("[1-4]",),
+        head=("5",),
+        tensor={"[1-4].up": "colwise", "[1-4].down": "rowwise"},
+    )
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), *(Block(32) for _ in range(4)), nn.Linear(32, 10))
+
+
+class Logs(MLP):
+    """Logs numbers and a metric object in its steps."""
+
+    def __init__(self, net: object, optimizer: Callable[..., Optimizer], scheduler: object) -> None:
+        super().__init__(net, optimizer, scheduler)
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+        self.val_accuracy = MulticlassAccuracy(10, average="micro")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = self.net(images.flatten(1))
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.accuracy(logits, labels)
+        self.log("train/accuracy", self.accuracy, on_step=False, on_epoch=True)
+        self.log("train/size", logits.square().mean(), batch_size=len(labels), sync_dist=True)
+        if self.trainer.global_step % 2:
+            self.log_dict({"train/odd": loss}, batch_size=len(labels), sync_dist=True)
+        return {"loss": loss}
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self.net(images.flatten(1))
+        self.val_accuracy(logits, labels)
+        self.log("val/accuracy", self.val_accuracy)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log("val/loss", loss, batch_size=len(labels), sync_dist=True)
+
+
+class CallsTwice(MLP):
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self.net(images.flatten(1)) + self.net(images.flatten(1)), labels)
+
+
+class GivesDict(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x}
+
+
+class TakesDict(nn.Module):
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return x["x"]
+
+
+class PassesDict(MLP):
+    """Between its blocks goes what no rank can send."""
+
+    plan = ParallelPlan(stem=("0", "1"), blocks=("2", "3", "4"), head=("5",))
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            first, last = nn.Sequential(Block(32), GivesDict()), nn.Sequential(TakesDict(), Block(32))
+            self.net = nn.Sequential(nn.Linear(64, 32), Block(32), first, last, Block(32), nn.Linear(32, 10))
+
+
+class PassesTuple(MLP):
+    """Between its blocks goes a tuple, of which one part takes no gradient."""
+
+    plan = ParallelPlan(stem=("0",), blocks=("1", "2"), head=("3",))
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(GivesTwo(), TakesTwo(), TakesTwo(), OfTwo())
+
+
+class GivesTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), x.argmax(-1, keepdim=True)
+
+
+class TakesTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(32)
+
+    def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, index = both
+        return self.block(x) + index / 64, index
+
+
+class OfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 10)
+
+    def forward(self, both: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layer(both[0])
+
+
+class NoLoss(MLP):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.loss(batch)
+        return None
+
+
+class StepsMatrices(MLP):
+    """Its optimizer looks at a whole matrix at once."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Muon([parameter for parameter in self.parameters() if parameter.dim() == 2])

@@ -179,6 +179,7 @@ RUNS: list[tuple[Any, ...]] = [
     ("zero1", 2, 1, "precision=bf16_master", "optimizer=sgd", "optimizer.lr=0.01"),
     ("zero2", 2, 3, "precision=bf16_master"),
     ("zero3", 2, 1, "precision=bf16_master", "strategy.bucket_mb=0.02"),
+    ("zero3", 2, 1, "strategy.activation_checkpointing=full"),
     ("zero2", 2, 1, "strategy.reduce_to_owner=true", "strategy.communication_dtype=bfloat16"),
 ]
 names = partial(pytest.mark.parametrize, "run", RUNS, ids=lambda run: "-".join(map(str, run)))
@@ -229,6 +230,14 @@ def test_stage_3_sends_half_as_much_again_as_data_parallelism(count: Count) -> N
         sent = [Transfer(collective=kind, axis="data", ranks=4, payload=report["counted"][kind]) for kind in kinds]
         data_parallel = Transfer(collective="all_reduce", axis="data", ranks=4, payload=4 * stats.parameters)
         assert sum(transfer.wire_bytes for transfer in sent) == pytest.approx(1.5 * data_parallel.wire_bytes, rel=0.02)
+
+
+def test_layers_are_gathered_a_third_time_for_forwards_that_run_again(count: Count) -> None:
+    words = "strategy.unit=module", "strategy.activation_checkpointing=full"
+    job, workload, stats, reports = count("zero3", 2, 1, *words)
+    most = {transfer.collective: transfer.payload for transfer in job.strategy.traffic(stats, workload)}
+    for report in reports:  # all but the last layer of each block, which is still there, and what is in no block
+        assert 0.8 * most["all_gather"] < report["counted"]["all_gather"] <= most["all_gather"]
 
 
 def test_prefetching_sends_no_more_than_the_spec_says(count: Count) -> None:

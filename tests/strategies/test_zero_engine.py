@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from strategies.engines.deepspeed import import_deepspeed
 from strategies.engines.extensions import deepspeed_extension, is_current
 from strategies.engines.precision import LossScale
-from tests.agreement.cases import Case
+from tests.agreement.cases import Case, own
 from tests.agreement.test_agreement import train_case
 from tracking.agreement import compare
 from tracking.record import RunRecord
@@ -186,25 +185,10 @@ def test_loss_scale_moves_as_torchs_does() -> None:
         assert ours.after(overflow=overflow) == theirs.get_scale(), step
 
 
-def own(name: str, **case: Any) -> Case:
-    return OwnCase(model="vit", own=name, **case)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnCase(Case):
-    """A case whose model is one of tests/strategies/own_models.py."""
-
-    own: str
-
-    @property
-    def shared(self) -> list[str]:
-        kept = [word for word in super().shared if not word.startswith(("model.net", "scheduler"))]
-        return [*kept, f"model._target_=tests.strategies.own_models.{self.own}"]
-
-
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("name", ["Blocks", "SharedByBlocks", "FrozenStem", "BlocksFirst"])
-def test_stage_3_agrees_on_whatever_blocks_there_are(name: str, tmp_path: Path) -> None:
-    case = own(name, strategy="zero3", accumulation=2)
+def test_stage_3_agrees_on_whatever_blocks_there_are(name: str, checkpointing: str, tmp_path: Path) -> None:
+    case = own(name, strategy="zero3", accumulation=2, checkpointing=checkpointing)
     candidate = train_case(case.overrides, tmp_path / "candidate")
     exact = train_case(case.exact_overrides, tmp_path / "exact")
     reference = train_case(case.reference_overrides, tmp_path / "reference")
@@ -212,6 +196,22 @@ def test_stage_3_agrees_on_whatever_blocks_there_are(name: str, tmp_path: Path) 
     leaves = json.loads((tmp_path / "candidate/deepspeed.json").read_text())["zero_optimization"]["leaf_module"]
     safe = {"Blocks": ["net.1", "net.2"], "SharedByBlocks": [], "FrozenStem": ["net.2"], "BlocksFirst": ["net.1"]}
     assert leaves["names"] == safe[name]
+
+
+class ForwardsOnStack(pl.Callback):
+    """Records how many modules DeepSpeed takes to be in their forward when none is."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        report(trainer, "stack", len(FWD_MODULE_STACK))
+
+
+@pytest.mark.parametrize("unit", ["block", "module"])
+def test_forwards_that_run_again_leave_nothing_behind(unit: str, tmp_path: Path) -> None:
+    case = Case(strategy="zero3", checkpointing="full", unit=unit)
+    train_case(case.overrides, tmp_path, ForwardsOnStack)
+    assert reports(tmp_path, "stack") == [1, 1]  # the root, which DeepSpeed puts there once
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
@@ -237,6 +237,15 @@ def test_what_deepspeed_would_get_wrong_is_refused(name: str, words: str, tmp_pa
     with pytest.raises(AssertionError) as failure:
         train_case(case.overrides, tmp_path)
     assert words in str(failure.value).splitlines()[-1]  # nothing that is raised while tearing down hides it
+
+
+@pytest.mark.parametrize(("name", "block"), [("FrozenStem", "net.1"), ("SharedByBlocks", "net.1")])
+def test_block_that_stage_3_gathers_in_pieces_is_not_compiled(name: str, block: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failure:
+        train_case(own(name, strategy="zero3", compile=True).overrides, tmp_path)
+    line = str(failure.value).splitlines()[-1]
+    assert f"compile=true: strategy=zero3 cannot gather {name}'s block {block} at once" in line
+    assert "choose strategy=zero2" in line
 
 
 def test_nvme_agrees_with_one_process_and_cleans_up(tmp_path: Path) -> None:

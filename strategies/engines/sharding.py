@@ -1,0 +1,84 @@
+"""FSDP2 on the units of a net: what is sharded together, and gradients that are reduced when a schedule says so.
+
+What is private in torch, tested on 2.13: the state of an FSDPModule, for `reduce_gradients`, which does what torch's
+own pipeline schedules do once all micro-batches have been through.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard(
+    root: nn.Module,
+    units: Mapping[str, nn.Module],
+    blocks: Sequence[str],
+    mesh: DeviceMesh,
+    *,
+    reshard_after_forward: bool,
+    reduce_dtype: torch.dtype,
+    offload: bool,
+) -> None:
+    """Shard `root`: each block by itself, what comes before them together, and what comes after.
+
+    `units` are its parts by name, in forward order. A parameter that stands in two places cannot be gathered with the
+    one or the other: it belongs to the root, and stays gathered from forward to backward.
+    """
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
+        "reshard_after_forward": reshard_after_forward,
+    }
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    uses = Counter(parameter for _, parameter in root.named_parameters(remove_duplicate=False))
+    alone = {
+        name: unit
+        for name, unit in units.items()
+        if all(uses[parameter] == 1 for parameter in unit.parameters()) and list(unit.parameters())
+    }
+    for name in blocks:
+        if name in alone:
+            fully_shard(alone[name], **options)
+    for group in (before(units, blocks), after(units, blocks)):
+        if together := [alone[name] for name in group if name in alone]:
+            fully_shard(together, **options)
+    fully_shard(root, **options | {"reshard_after_forward": False})
+
+
+def before(units: Mapping[str, nn.Module], blocks: Sequence[str]) -> list[str]:
+    names = list(units)
+    first = next((position for position, name in enumerate(names) if name in blocks), len(names))
+    return names[:first]
+
+
+def after(units: Mapping[str, nn.Module], blocks: Sequence[str]) -> list[str]:
+    return [name for name in units if name not in blocks and name not in before(units, blocks)]
+
+
+def sharded_parts(module: nn.Module) -> list[FSDPModule]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def hold(root: FSDPModule) -> None:
+    """Parameters stay gathered, gradients whole and unreduced, until `reduce_gradients`."""
+    root.set_is_last_backward(False)
+    root.set_reshard_after_backward(False)
+    root.set_requires_gradient_sync(False)
+
+
+def reduce_gradients(root: FSDPModule) -> None:
+    """Average the gradients over the data ranks, keep this rank's shards of them, and let go of gathered parameters."""
+    root.set_is_last_backward(True)
+    root.set_reshard_after_backward(True)
+    root.set_requires_gradient_sync(True)
+    state = root._get_fsdp_state()
+    for part in state._state_ctx.all_states:
+        for group in part._fsdp_param_groups:
+            group.post_backward()
+    state._root_post_backward_final_callback()

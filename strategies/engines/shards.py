@@ -1,0 +1,119 @@
+"""The optimizer of a grid's rank: steps the parts of parameters that the rank has, as plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from strategies.grid import Grid
+
+# Optimizers that update each element by itself: a part of a parameter may be stepped as if it were all of it.
+ELEMENTWISE = {"Adadelta", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+
+BUCKET_BYTES = 25 * 2**20  # of gradients that are averaged at once, as DDP does
+
+
+class Shards:
+    """Stands plain tensors that share the shards' memory in for an optimizer's parameters.
+
+    Sharded and plain parameters, on whatever meshes, can then be stepped by one fused kernel, which DTensors of two
+    meshes cannot.
+    """
+
+    def __init__(self, optimizer: Optimizer, spec: Grid, duplicates: set[nn.Parameter], strategy: str) -> None:
+        self.optimizer = optimizer
+        self.parameters: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
+        check_elementwise(optimizer, list(chain(*self.parameters)), strategy)
+        holders = spec.mesh.data_ranks * spec.tensor
+        # 1 / the ranks that hold the same elements: so that a sum over all ranks counts each element once.
+        self.weights = [
+            0.0 if parameter in duplicates else num_parts(parameter) / holders for parameter in chain(*self.parameters)
+        ]
+        for group in optimizer.param_groups:
+            group["params"] = [
+                nn.Parameter(local(parameter.detach()), parameter.requires_grad) for parameter in group["params"]
+            ]
+        self.parts: list[nn.Parameter] = list(chain(*(group["params"] for group in optimizer.param_groups)))
+
+    def connect(self) -> None:
+        """Look again at what is stepped: a precision may have put master weights in place of the parts."""
+        self.stepped: list[Tensor] = list(chain(*(group["params"] for group in self.optimizer.param_groups)))
+
+    def take_gradients(self) -> None:
+        for parameter, part in zip(chain(*self.parameters), self.parts, strict=True):
+            part.grad = None if parameter.grad is None else local(parameter.grad)
+
+    def norm(self) -> Tensor:
+        """L2 norm of the whole model's gradient; collective over all ranks."""
+        squares = [
+            weight * torch.linalg.vector_norm(part.grad, dtype=torch.promote_types(part.dtype, torch.float32)).square()
+            for part, weight in zip(self.stepped, self.weights, strict=True)
+            if part.grad is not None
+        ]
+        total = torch.stack(squares).sum()
+        dist.all_reduce(total)
+        return total.sqrt()
+
+    def clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Scale all gradients so that their norm is at most `clip_val`, as torch.nn.utils.clip_grad_norm_ does."""
+        scale = (clip_val / (self.norm() + 1e-6)).clamp(max=1.0)
+        gradients = [part.grad for part in self.stepped if part.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank has, in the same memory; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_parts(parameter: nn.Parameter) -> int:
+    """In how many parts a parameter is split over data and tensor ranks."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh = parameter.device_mesh
+    split = (dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
+    return math.prod(mesh.size(dim) for dim in split)
+
+
+def check_elementwise(optimizer: Optimizer, parameters: Sequence[nn.Parameter], strategy: str) -> None:
+    kind = type(optimizer)
+    if kind.__name__ in ELEMENTWISE and kind.__module__.startswith("torch.optim."):
+        return
+    if any(num_parts(parameter) > 1 for parameter in parameters):
+        raise ValueError(
+            f"strategy={strategy} steps a part of each parameter by itself, which is not known to be right for "
+            f"{kind.__name__}; choose optimizer=adamw or sgd, or strategy=ddp."
+        )
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one format in lists of BUCKET_BYTES or so."""
+    bucket: list[Tensor] = []
+    for tensor in sorted(tensors, key=lambda tensor: str(tensor.dtype)):
+        full = sum(other.nbytes for other in bucket) + tensor.nbytes > BUCKET_BYTES
+        if bucket and (full or bucket[0].dtype != tensor.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+    """Average the gradients over the ranks of `group`, reduced in `dtype`."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    for bucket in buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).to(dtype)
+        dist.all_reduce(flat, group=group)
+        flat /= group.size()
+        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,203 @@
+"""Tensor parallelism: the styles of a plan as torch's parallel styles on the modules of a unit."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn.functional import embedding
+from torch.utils._pytree import tree_map
+
+from models.plan import Chain, ParallelPlan
+
+TIME = 1  # the dim of activations [batch, time, ...] that sequence parallelism splits
+
+
+class Whole(ParallelStyle):
+    """Parameters on every rank; what comes out feeds split modules, which each return a part of its gradient.
+
+    It is a DTensor, so that those parts are added up before they are summed over the ranks, once. With `sequence` the
+    module sees a part of the sequence, and the parts are gathered behind it.
+    """
+
+    def __init__(self, *, sequence: bool) -> None:
+        super().__init__()
+        self.placements = [Shard(TIME) if sequence else Replicate()]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def replicate(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                whole = distribute_tensor(parameter, mesh, [Replicate()], src_data_rank=None)
+                part.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+
+        def take(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+            x, *others = inputs
+            x = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, self.placements, run_check=False)
+            return (x, *others)
+
+        def give(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> DTensor:
+            return output.redistribute(placements=[Replicate()])
+
+        return distribute_module(module, device_mesh, replicate, take, give)  # type: ignore[arg-type]
+
+
+class Rows(ParallelStyle):
+    """An embedding whose rows lie on different ranks: each looks up its own, zeros elsewhere, and all add up.
+
+    torch's RowwiseParallel does the same forward, but gives every rank the gradient of all rows (2.13).
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight = distribute_tensor(module.get_parameter("weight"), device_mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter("weight", nn.Parameter(weight))
+
+        def look_up(tokens: Tensor) -> Tensor:
+            rows = cast(DTensor, module.weight).to_local()
+            own = tokens - device_mesh.get_local_rank() * len(rows)
+            inside = (own >= 0) & (own < len(rows))
+            found = embedding(own.where(inside, 0), rows) * inside.unsqueeze(-1)
+            return DTensor.from_local(found, device_mesh, [Partial()], run_check=False).full_tensor()
+
+        module.forward = look_up
+        return module
+
+
+def parallel_style(style: str, *, sequence: bool, loss_parallel: bool) -> ParallelStyle:
+    """torch's counterpart of a name in TENSOR_STYLES."""
+    match style:
+        case "colwise":
+            return ColwiseParallel()
+        case "rowwise":
+            return RowwiseParallel(output_layouts=Shard(TIME) if sequence else Replicate())
+        case "embedding":
+            return Rows()
+        case "vocabulary":
+            if loss_parallel:
+                return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+            return ColwiseParallel(output_layouts=Replicate())
+        case "sequence":
+            return Whole(sequence=sequence)
+        case "whole":
+            return Whole(sequence=False)
+    raise AssertionError(style)
+
+
+def split_unit(
+    unit: nn.Module, fqn: str, plan: ParallelPlan, mesh: DeviceMesh, *, sequence: bool, loss_parallel: bool
+) -> None:
+    """Split the modules of one unit, called `fqn` in its net, over the ranks of the tensor axis.
+
+    Every rank holds the unit whole beforehand; nothing is communicated. `sequence`: whether the unit lies where
+    activations are split along the sequence. ValueError naming a module whose size the axis does not divide.
+    """
+    for name, module in list(unit.named_modules(prefix=fqn)):
+        style = plan.style(name)
+        if style is None:
+            if list(module.parameters(recurse=False)):
+                module.register_forward_pre_hook(lambda _, inputs: tree_map(whole, inputs))
+            continue
+        trained = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
+        check_divides(module, name, style, mesh.size())
+        chosen = parallel_style(style, sequence=sequence, loss_parallel=loss_parallel)
+        parallelize_module(module, mesh, chosen, src_data_rank=None)
+        for key, parameter in module.named_parameters():
+            parameter.requires_grad_(trained[key])
+
+
+SPLIT_DIM = {"colwise": 0, "rowwise": 1, "embedding": 0, "vocabulary": 0}  # of the weight
+
+
+def check_divides(module: nn.Module, name: str, style: str, ranks: int) -> None:
+    if style in SPLIT_DIM and (size := module.get_parameter("weight").shape[SPLIT_DIM[style]]) % ranks:
+        raise ValueError(
+            f"strategy.mesh.tensor={ranks} does not divide the {size} {'rows' if style != 'rowwise' else 'columns'} of "
+            f"{name}.weight, which plan.tensor calls {style}; choose a divisor of {size}."
+        )
+
+
+def whole(value: Any) -> Any:
+    """A plain tensor with all of a DTensor's values, on every rank; anything else as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def covers_blocks(net: nn.Module, plan: ParallelPlan, chain: Chain) -> bool:
+    """Whether activations may be split along the sequence: every module with parameters in the blocks has a style.
+
+    One that has none would take its part of the sequence for the whole.
+    """
+    inside = [
+        plan.style(name)
+        for block in chain.blocks
+        for name, module in net.get_submodule(block).named_modules(prefix=block)
+        if list(module.parameters(recurse=False))
+    ]
+    return "sequence" in inside and not {None, "whole"} & set(inside)
+
+
+def sequence_units(plan: ParallelPlan, chain: Chain) -> tuple[str, ...]:
+    """The units that take a part of the sequence: the blocks, and the head's norms of style `sequence` behind them."""
+    norms = itertools.takewhile(lambda unit: plan.style(unit) == "sequence", chain.head)
+    return (*chain.blocks, *norms)
+
+
+def bound_sequence(units: Mapping[str, nn.Module], inside: Sequence[str], plan: ParallelPlan, mesh: DeviceMesh) -> None:
+    """Split activations before the first of the units `inside`, and gather them behind the last.
+
+    `units` are those that this rank has. A norm of style `sequence` gathers by itself.
+    """
+    if inside[0] in units:
+        units[inside[0]].register_forward_pre_hook(lambda _, inputs: (split_sequence(inputs[0], mesh), *inputs[1:]))
+    if inside[-1] in units and plan.style(inside[-1]) != "sequence":
+        units[inside[-1]].register_forward_hook(lambda _, __, output: gather_sequence(output, mesh))
+
+
+def split_sequence(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """[batch, time, ...] -> this rank's [batch, time / ranks, ...]; backward gathers."""
+    if x.shape[TIME] % mesh.size():
+        raise ValueError(
+            f"strategy.sequence_parallel=true: strategy.mesh.tensor={mesh.size()} does not divide a sequence of "
+            f"{x.shape[TIME]}; choose a length that it divides (data.sequence_length), or sequence_parallel=false."
+        )
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(TIME)]).to_local()
+
+
+def gather_sequence(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The inverse: backward takes this rank's part of a gradient that all ranks have."""
+    return DTensor.from_local(x, mesh, [Shard(TIME)], run_check=False).full_tensor()
+
+
+def plain_tree(output: Any) -> Any:
+    """What a net gives to a step that knows nothing of DTensors, nor of FSDP, whose hook sits on this very tensor.
+
+    A view would lose that hook, and gradients with it, if the step changed it in place.
+    """
+
+    def plain(value: Any) -> Any:
+        value = whole(value)
+        return value.clone() if isinstance(value, Tensor) and value._is_view() else value
+
+    return tree_map(plain, output)
+
+
+def sum_partial_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Add up gradients of which each tensor rank has computed a part: those of norms along a split sequence."""
+    partial = [parameter for parameter in parameters if has_parts(parameter.grad)]
+    if not partial:
+        return
+    gradients = [cast(DTensor, parameter.grad) for parameter in partial]
+    flat = torch.cat([gradient.to_local().reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=gradients[0].device_mesh.get_group())
+    for parameter, gradient, part in zip(
+        partial, gradients, flat.split([gradient.to_local().numel() for gradient in gradients]), strict=True
+    ):
+        summed = part.view(gradient.shape)
+        parameter.grad = DTensor.from_local(summed, gradient.device_mesh, [Replicate()], run_check=False)
+
+
+def has_parts(gradient: Tensor | None) -> bool:
+    return isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements)

@@ -1,0 +1,192 @@
+"""The grid's engine on models as users write them: what it trains, what it refuses, what it never holds."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.compose import compose
+from launch.job import Job, resolve, run_of
+from launch.schema import validate
+from launch.worker import build_model
+from strategies.engines.grid import GridEngine
+from strategies.grid import Grid
+from tests.agreement.cases import Case, own
+from tests.agreement.test_agreement import train_case
+from tests.harness import run_ranks
+from tracking.agreement import compare
+
+Checked = set[str]
+ALL: Checked = {"samples", "loss", "gradient norm", "weights", "validation loss"}
+
+
+def disagreements(case: Case, folder: Path, *words: str, micro_batch_size: int | None = None) -> list[str]:
+    """What differs from one process, which takes micro-batches of `micro_batch_size`."""
+    micro = [] if micro_batch_size is None else [f"data.micro_batch_size={micro_batch_size}"]
+    candidate = train_case([*case.overrides, *words], folder / "candidate")
+    exact = train_case([*case.exact_overrides, *micro], folder / "exact")
+    reference = train_case([*case.reference_overrides, *micro], folder / "reference")
+    return [check.quantity for check in compare(exact, reference, candidate, master="float32") if not check.passed]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
+@pytest.mark.parametrize("name", ["Blocks", "SharedByBlocks", "FrozenStem", "BlocksFirst"])
+def test_agrees_on_whatever_blocks_there_are(name: str, strategy: str, tmp_path: Path) -> None:
+    assert disagreements(own(name, strategy=strategy, accumulation=2), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "schedule"), [("pipeline", 2, "zbv"), ("pipeline", 4, "1f1b"), ("3d", 8, "1f1b")]
+)
+def test_plain_chain_trains_as_on_one_process(strategy: str, world_size: int, schedule: str, tmp_path: Path) -> None:
+    case = own("MLP", strategy=strategy, world_size=world_size)
+    assert disagreements(case, tmp_path, f"strategy.schedule={schedule}") == []
+
+
+def test_pipeline_normalizes_batches_as_one_process_that_takes_its_micro_batches(tmp_path: Path) -> None:
+    case = own("ResNet", strategy="pipeline", optimizer="sgd")
+    assert disagreements(case, tmp_path, micro_batch_size=4) == []
+
+
+def test_3d_normalizes_batches_as_one_process_that_takes_its_micro_batches(tmp_path: Path) -> None:
+    case = own("ResNet", strategy="3d", optimizer="sgd", world_size=8)
+    wrong = disagreements(case, tmp_path, "strategy.micro_batches=2", micro_batch_size=4)
+    # Running statistics are those of the first data rank's samples, as under DDP; validation alone uses them.
+    assert set(wrong) <= {"validation loss"}
+
+
+def test_tuple_passes_between_stages(tmp_path: Path) -> None:
+    assert disagreements(own("PassesTuple", strategy="pipeline", world_size=4), tmp_path) == []
+
+
+REFUSED = [
+    ("pipeline", "CallsTwice", [], "calls its net outside of a step, or a second time within one"),
+    ("pipeline", "PassesDict", [], "module 2 gives dict, but only a tensor or a tuple of tensors"),
+    ("pipeline", "NoLoss", [], "NoLoss.training_step returns NoneType instead of a loss"),
+    ("pipeline", "HasScalar", [], "parameter temperature lies outside of the chain"),
+    ("fsdp", "StepsTwiceBackward", ["trainer.clip_norm=null"], "StepsTwiceBackward optimizes manually"),
+    ("fsdp", "StepsMatrices", [], "not known to be right for Muon"),
+    ("tensor", "MLP", ["strategy.mesh.tensor=3", "launcher.devices=3"], "does not divide the 32 rows of 1.up.weight"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "name", "words", "said"), REFUSED, ids=lambda part: part if str(part) else "")
+def test_what_cannot_be_right_is_refused_by_name(
+    strategy: str, name: str, words: list[str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match="ValueError") as failure:
+        train_case([*own(name, strategy=strategy).overrides, *words], tmp_path)
+    assert said in " ".join(str(failure.value).split())
+
+
+class WhatIsLogged(pl.Callback):
+    """Writes down the metrics of every step and of the end."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        own = ("train/size", "train/odd", "train/accuracy", "val/accuracy", "val/loss")
+        return {key: float(value) for key, value in trainer.callback_metrics.items() if key in own}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.steps.append(self.metrics(trainer))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / f"logged.{trainer.global_rank}.json"
+        path.write_text(json.dumps([*self.steps, self.metrics(trainer)]))
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("pipeline", 2), ("2d_pipeline", 4), ("tensor", 2), ("fsdp", 2)])
+def test_every_rank_logs_what_one_process_logs(strategy: str, world_size: int, tmp_path: Path) -> None:
+    def logged(strategy: str, world_size: int) -> list[list[dict[str, float]]]:
+        case = own("Logs", strategy=strategy, world_size=world_size)
+        folder = tmp_path / strategy
+        train_case(case.overrides, folder, WhatIsLogged)
+        return [json.loads((folder / f"logged.{rank}.json").read_text()) for rank in range(world_size)]
+
+    (expected,) = logged("single", 1)
+    assert expected[-1].keys() == {"train/size", "train/odd", "train/accuracy", "val/accuracy", "val/loss"}
+    for found in logged(strategy, world_size):
+        # Within a data-parallel step the metrics are those of a rank's samples; over the epoch they are everybody's.
+        assert found[-1] == pytest.approx(expected[-1], rel=1e-4)
+        if world_size == 2 and strategy != "fsdp":
+            assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+
+
+class SeenBatches(pl.Callback):
+    """Writes down on which device batches come."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: list[torch.Tensor], batch_idx: int
+    ) -> None:
+        path = Path(trainer.default_root_dir) / f"seen.{trainer.global_rank}.json"
+        path.write_text(json.dumps([str(tensor.device) for tensor in batch]))
+
+
+def test_only_ranks_of_first_and_last_stage_read_samples(tmp_path: Path) -> None:
+    train_case(own("MLP", strategy="pipeline", world_size=4).overrides, tmp_path, SeenBatches)
+    seen = [set(json.loads((tmp_path / f"seen.{rank}.json").read_text())) for rank in range(4)]
+    assert seen == [{"cpu"}, {"meta"}, {"meta"}, {"cpu"}]
+
+
+GIB = 2**30
+
+
+class LeftOnMeta:
+    """Stands in for the Materializer: a net that is cut and split, but given no values."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def make(self, prefix: str = "") -> None: ...
+
+
+def spread_rank(rank: int, job: Job, folder: Path) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from strategies.engines import grid
+
+    grid.Materializer = LeftOnMeta  # type: ignore[assignment,misc]
+    assert isinstance(job.strategy, Grid)
+    dist.init_process_group("fake", rank=rank, world_size=job.world_size, store=FakeStore())
+    model = build_model(job.config)
+    model.configure_model()
+    engine = GridEngine(job.strategy, run_of(job.config, job.data, "cpu"))
+    engine.make_mesh(torch.device("cpu"))
+    engine.spread(model, torch.device("cpu"))
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[operator]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (folder / f"{rank}.json").write_text(json.dumps({"held": held, "peak": peak}))
+
+
+@pytest.mark.parametrize("strategy", ["3d", "fsdp"])
+def test_llama_8b_is_cut_for_8_ranks_without_the_memory_of_its_weights(strategy: str, tmp_path: Path) -> None:
+    words = [
+        "model=llama_8b",
+        "data=synthetic",
+        f"strategy={strategy}",
+        "launcher.devices=8",
+        "data.micro_batch_size=4",
+    ]
+    batch = [
+        "data.global_batch_size=32",
+        "data.micro_batch_size=4",
+        "launcher.accelerator=cpu",
+        f"run_dir='{tmp_path}'",
+    ]
+    job = Job.of(resolve(validate(compose([*words, *batch]))))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ranks = [0, 3, 7]
+    for rank in ranks:
+        run_ranks(1, tmp_path / str(rank), spread_rank, rank, job, tmp_path)
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in ranks]
+    assert all(report["peak"] - before < 2 * GIB for report in reports)
+    # Eight parts of 8.03 billion parameters, but for what a pipeline's stages differ by.
+    assert all(0.7e9 < report["held"] < 1.4e9 for report in reports)
