@@ -5,7 +5,7 @@ BIN := .venv/bin
 # zero3_nvme needs a library that not every machine has, and a build of minutes.
 EVERYWHERE := exclude=[_*,*_nvme]
 
-.PHONY: help setup demo test test-fast lint format verify lock clean
+.PHONY: help setup demo test test-fast matrix lint format verify lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,10 @@ test: setup  ## Run the whole test-suite.
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup  ## Run the tests that take less than 10 s each.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not matrix'
+
+matrix: setup  ## Prove the agreement of every preset and schedule at 2, 4 and 8 ranks, each switch both ways (100 cases).
+	@$(BIN)/python -m pytest -n 2 -m matrix tests/agreement
 
 lint: setup  ## Check format, style, types and the direction of imports.
 	@$(BIN)/ruff format --check .

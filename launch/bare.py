@@ -94,8 +94,8 @@ class BareLoop(pl.Callback, ABC):
     def compare(self, ours: float, bare: float) -> None:
         if not abs(ours - bare) < LOSS_TOLERANCE:
             raise RuntimeError(
-                f"step {len(self.bare_s)}: the Trainer's loss is {ours:.6f}, the bare loop's {bare:.6f}; they do not do "
-                f"the same work, and times say nothing."
+                f"step {len(self.bare_s)}: the Trainer's loss is {ours:.6f}, the bare loop's {bare:.6f}; they do not "
+                f"do the same work, and times say nothing."
             )
 
 

@@ -1,4 +1,4 @@
-"""Bare loops with torch's own FSDP2, tensor and pipeline parallelism, for the GPT of models/nets, as torchtitan writes it."""
+"""Bare loops with torch's own FSDP2, tensor and pipeline parallelism, as torchtitan writes them, for our GPT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: TID251
 from torch.distributed.fsdp import fully_shard  # noqa: TID251
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B  # noqa: TID251
-from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: TID251
+from torch.distributed.tensor import Replicate, Shard  # noqa: TID251
 from torch.distributed.tensor.parallel import (  # noqa: TID251
     ColwiseParallel,
     ParallelStyle,
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from launch.bare import BareLoop
 from launch.job import Job
+from strategies.engines.tensor import whole
 from strategies.grid import Grid
 
 
@@ -77,8 +78,7 @@ class BareGrid(BareLoop, ABC):
         """Forward and backward; the loss where it is known."""
 
     def norm(self) -> Tensor:
-        found = torch.nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
-        return found.full_tensor() if isinstance(found, DTensor) else found
+        return whole(torch.nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None]))
 
     def bare_step(self, batch: Tensor) -> Tensor | None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -94,11 +94,11 @@ class BareShards(BareGrid):
     """FSDP2, tensor parallelism, or the one around the other."""
 
     def spread(self, net: nn.Module, engine: Any) -> nn.Module:
-        sizes = self.job.mesh.sizes
-        mesh = init_device_mesh(self.device.type, (sizes["data"], sizes["tensor"]), mesh_dim_names=("data", "tensor"))
-        if sizes["tensor"] != 1:
+        data, tensor = self.job.mesh.data_ranks, self.job.mesh.world_size // self.job.mesh.data_ranks
+        mesh = init_device_mesh(self.device.type, (data, tensor), mesh_dim_names=("data", "tensor"))
+        if tensor > 1:
             split_matrices(net, mesh["tensor"])
-        if sizes["data"] != 1:
+        if data > 1:
             shard_blocks(net, mesh["data"])
         return net
 
@@ -106,7 +106,7 @@ class BareShards(BareGrid):
         # Under torch's `loss_parallel`, which our engine has entered; to leave a second one would end the first.
         loss = self.net(batch[:, :-1], targets=batch[:, 1:])
         loss.backward()
-        return loss.detach().full_tensor() if isinstance(loss, DTensor) else loss.detach()
+        return whole(loss.detach())
 
 
 class BarePipeline(BareGrid):

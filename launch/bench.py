@@ -37,8 +37,8 @@ def measure_overhead(job: Job) -> None:
     if int(os.environ["RANK"]) == 0:
         trainer_ms, bare_ms = (1e3 * statistics.median(times[WARMUP_STEPS:]) for times in (bare.trainer_s, bare.bare_s))
         print(
-            f"{job.strategy.name} x {job.world_size}: {len(bare.bare_s) - WARMUP_STEPS} steps each, interleaved; median "
-            f"step with Concord's Trainer {trainer_ms:.1f} ms, {other} {bare_ms:.1f} ms, ratio "
-            f"{trainer_ms / bare_ms:.3f}",
+            f"{job.strategy.name} x {job.world_size}: {len(bare.bare_s) - WARMUP_STEPS} steps each, interleaved; "
+            f"median step with Concord's Trainer {trainer_ms:.1f} ms, {other} {bare_ms:.1f} ms, "
+            f"ratio {trainer_ms / bare_ms:.3f}",
             flush=True,
         )

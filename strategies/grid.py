@@ -97,7 +97,7 @@ class Grid(Strategy):
                 f"or a ZeRO strategy."
             )
         if self.pipe > 1:
-            self.check_schedule()
+            self.check_schedule(run)
             self.check_micro_batches(run)
 
     def check_data_axis(self) -> None:
@@ -113,7 +113,7 @@ class Grid(Strategy):
                 "than one rank (strategy.mesh.data, strategy.shard_ranks)."
             )
 
-    def check_schedule(self) -> None:
+    def check_schedule(self, run: Run) -> None:
         exact, given = self.kind.stages_per_rank, self.stages_per_rank
         if exact is not None and given not in ("auto", exact):
             raise ValueError(
@@ -124,6 +124,11 @@ class Grid(Strategy):
             raise ValueError(
                 f"strategy.stages_per_rank=1: schedule={self.schedule} interleaves stages; set it to 2 or more, or "
                 f"choose schedule=1f1b."
+            )
+        if self.kind.splits_backward and run.compile:
+            raise ValueError(
+                f"compile=true: schedule={self.schedule} takes a backward apart, which a compiled block does not "
+                f"allow; choose schedule=1f1b, or compile=false."
             )
         if self.kind.splits_backward and self.reshards and self.shards > 1:
             raise ValueError(

@@ -87,7 +87,7 @@ def buffers(layout: Layout, pipe_rank: int, workload: Workload) -> int:
     grid, precision = layout.grid, workload.precision
     parameter, reduce = BYTES[precision.parameter], BYTES[precision.reduce]
     stages = layout.stages_of(pipe_rank)
-    peaks = [tie.elements * (len(tie.elsewhere) + 1) * parameter for tie in layout.ties(pipe_rank)]  # and their sum
+    peaks = [(len(tie.elsewhere) + 1) * tie.elements * parameter for tie in layout.ties(pipe_rank) if tie.elsewhere]
     peaks.append(sum(map(layout.partial, stages)) * parameter)
     averaged = [layout.outside]
     if grid.shards > 1:
@@ -109,33 +109,36 @@ def largest_bucket(groups: Iterable[Group], parameter: int) -> int:
 
 
 def gathered_by_turns(grid: Grid, stages: Sequence[Stage], parameter: int, reduce: int) -> int:
-    """FSDP without a pipeline: weights of one group, or of all before it, while the next group's arrive.
+    """FSDP without a pipeline: weights of one group, or of all before it, while those of the next arrive.
 
-    What arrives is flat, and kept until the weights of another group have arrived in forward, or its own are unpacked in
-    backward. There, the gradients that were flattened last are kept, too.
+    They arrive flat. In forward this copy is kept until the next one is there. In backward it goes when it is unpacked,
+    but the next one is fetched ahead, and the gradients that were flattened last are still there.
     """
     (stage,) = stages
     root = stage.root.padded * parameter
     weights = [group.padded * parameter for group in stage.groups]
-    reduced = [*(group.padded * reduce for group in stage.groups[1:]), 0]
     before = [0, *weights[:-1]]
+    reduced = [*(group.padded * reduce for group in stage.groups[1:]), 0]
     held = [root] * len(weights) if grid.reshards else [root + total for total in accumulate(before)]
-    arriving = [kept + flat + own for kept, flat, own in zip(held, before, weights, strict=True)]
-    unpacking = [kept + 2 * own for kept, own in zip(held, weights, strict=True)]
-    if not grid.reshards:
-        return max(2 * root, *arriving, *unpacking)
-    backward = [
-        kept + own + max(flat, own) + late
-        for kept, own, flat, late in zip(held, weights, before, reduced, strict=True)
-    ]
-    return max(2 * root, *arriving, *unpacking, *backward)
+    peak = 2 * root
+    for kept, own, flat, late in zip(held, weights, before, reduced, strict=True):
+        peak = max(peak, kept + flat + own, kept + 2 * own)
+        if grid.reshards:
+            peak = max(peak, kept + own + max(flat, own) + late)
+    return peak
 
 
 def gathered_in_pipeline(grid: Grid, stages: Sequence[Stage], parameter: int, reduce: int) -> int:
-    """All weights of a rank's stages, and those of the group that arrives last; at the end they make room for gradients."""
-    groups = [group for stage in stages for group in stage.all_groups if group.shapes]
-    weights = sum(group.padded for group in groups) * parameter
-    peak = weights + groups[-1].padded * parameter
+    """All weights of a rank's stages, and what arrives last, flat; at the end weights make room for flat gradients."""
+    groups = [group for stage in stages for group in stage.all_groups]
+    if (
+        grid.reshards
+    ):  # for backward, the first group comes last; the head, called behind its stage, leaves its flat copy
+        arriving = stages[0].groups[0].padded + (stages[-1].groups[-1].padded if stages[-1].is_last else 0)
+    else:  # the last but one leaves its flat copy until the last is there
+        arriving = max(group.padded for group in stages[-1].all_groups[-2:])
+    peak = weights = sum(group.padded for group in groups) * parameter
+    peak += arriving * parameter
     for group in groups:
         weights -= group.padded * parameter
         peak = max(peak, weights + group.padded * reduce)
@@ -257,7 +260,7 @@ def forward(layout: Layout, workload: Workload, unit: str, part: Part) -> Exchan
 
 
 def backwards(layout: Layout, workload: Workload, units: Sequence[str]) -> Exchanges:
-    """Of backwards: a split module has a part of its input's gradient; all that one norm feeds are added up behind it."""
+    """Of backwards: a split module has a part of its input's gradient; those of all that a norm feeds add up once."""
     feeder: tuple[str, Part] | None = None  # the unit and the module of style sequence or whole that came last
     summed: set[str] = set()
     for unit in units:
@@ -278,4 +281,6 @@ def backwards(layout: Layout, workload: Workload, units: Sequence[str]) -> Excha
                     yield "all_gather", part.gives.elements * width(part.gives, workload)
                 case None:
                     feeder = None
-        feeder = feeder if feeder and feeder[1].name == unit else None
+        # What comes of a pipeline's last stage is whole before the net's last unit is called.
+        if not (feeder and feeder[1].name == unit) or (layout.grid.pipe > 1 and unit == layout.stats.chain.modules[-2]):
+            feeder = None

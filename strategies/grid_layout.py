@@ -50,6 +50,7 @@ class Stage:
     units: tuple[str, ...]
     groups: tuple[Group, ...]  # in forward order
     root: Group  # stays gathered from forward to backward
+    is_last: bool
 
     @property
     def all_groups(self) -> tuple[Group, ...]:
@@ -98,7 +99,8 @@ class Layout:
             between = tuple(self.stats.shapes[position] for position in self.stats.between)
             root = Group(root.shapes + between, self.grid.shards)
         groups = map(self.group, together)
-        return Stage(tuple(units), tuple(group for group in groups if group.shapes), root)
+        is_last = units[-1] == chain.modules[-1]
+        return Stage(tuple(units), tuple(group for group in groups if group.shapes), root, is_last)
 
     def group(self, units: Iterable[str]) -> Group:
         shapes = {

@@ -184,15 +184,15 @@ class Meter(pl.Callback):
         return self._flops_per_sample * self._samples_per_step / step_s / (self._world_size * self._peak_flops)
 
     def _share(self, trainer: pl.Trainer, value: Tensor) -> tuple[float, list[float]]:
-        """Mean of `value` (scalar) over the ranks, and peak GiB of each rank, by one sum over the ranks.
+        """Mean of `value` (scalar) over the ranks, and peak GiB of each rank, by one mean over the ranks.
 
         Not `strategy.all_gather`, which in Lightning 2.6 goes through a function that torch 2.13 deprecates.
         """
         shared = torch.zeros(1 + trainer.world_size, dtype=self._loss.dtype, device=self._device)
         shared[0] = value
         shared[1 + trainer.global_rank] = peak_gib(self._device)
-        total, *peaks_gib = cast(Tensor, trainer.strategy.reduce(shared, reduce_op="sum")).tolist()
-        return total / trainer.world_size, peaks_gib
+        mean, *shares = cast(Tensor, trainer.strategy.reduce(shared, reduce_op="mean")).tolist()
+        return mean, [share * trainer.world_size for share in shares]
 
 
 class _Clock(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -96,8 +96,9 @@ class GridEngine(AveragesExactly):
         return super().batch_to_device(batch, device, dataloader_idx) if self.sees_batches else batch
 
     def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
-        # All ranks of one data rank say the same: in a sum over the world they would count as many times.
-        return super().reduce(tensor, group or self.data_group, reduce_op)
+        # All ranks of one data rank log the same: in a sum over the world they would count as many times.
+        adds_up = "sum" in str(reduce_op).lower()
+        return super().reduce(tensor, group or (self.data_group if adds_up else None), reduce_op)
 
     # --- the model --------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class GridEngine(AveragesExactly):
         stage_of = {in_module + unit: stage for stage, units in enumerate(stages) for unit in units}
         mine = {stage: units for stage, units in enumerate(stages) if self.pipe_rank_of(stage) == self.pipe_rank}
         if self.spec.pipe > 1:
-            check_outside(module, stage_of, self.spec.name)
+            check_outside(module, in_module, stage_of, self.spec.name)
         found = find_ties(module, plan, stage_of)
         rework(blocks_of(module), compiled=self.run.compile, checkpointing=self.spec.activation_checkpointing)
         maker = Materializer(module, device, self.run.seed)
@@ -327,11 +328,20 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) and "shard" in (parameter.device_mesh.mesh_dim_names or ())
 
 
-def check_outside(module: nn.Module, stage_of: Mapping[str, int], strategy: str) -> None:
-    """ValueError if a parameter belongs to no unit: no stage would have it, or all."""
-    for fqn, _ in module.named_parameters():
-        if not any(fqn.startswith(f"{unit}.") for unit in stage_of):
-            raise ValueError(
-                f"strategy={strategy}: parameter {fqn} lies outside of the chain that the model's plan lists; put it "
-                f"into a module of plan.stem, blocks or head, or choose strategy=fsdp."
-            )
+def check_outside(module: pl.LightningModule, in_net: str, stage_of: Mapping[str, int], strategy: str) -> None:
+    """ValueError if a parameter, or a module of the net, belongs to no unit: no stage would have it, or all."""
+    parts = [f"parameter {fqn}" for fqn, _ in module.named_parameters() if not is_inside(fqn, stage_of)]
+    parts += [
+        f"module {fqn} ({type(part).__name__})"
+        for fqn, part in module.named_modules()
+        if fqn.startswith(in_net) and not list(part.children()) and not is_inside(fqn, stage_of)
+    ]
+    if parts:
+        raise ValueError(
+            f"strategy={strategy}: {parts[0]} lies outside of the chain that the model's plan lists; put it into a "
+            f"module of plan.stem, blocks or head, or choose strategy=fsdp."
+        )
+
+
+def is_inside(fqn: str, units: Iterable[str]) -> bool:
+    return any(fqn == unit or fqn.startswith(f"{unit}.") for unit in units)

@@ -93,7 +93,8 @@ class Passed(NamedTuple):
         if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
             raise ValueError(
                 f"strategy.mesh.pipe: module {names[-1]} gives {type(output).__name__}, but only a tensor or a tuple "
-                f"of tensors can go from one pipeline stage to the next; change what it returns, or choose strategy=fsdp."
+                f"of tensors can go from one pipeline stage to the next; change what it returns, or choose "
+                f"strategy=fsdp."
             )
         return cls(tensors, isinstance(output, tuple))
 

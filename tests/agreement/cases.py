@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 STEPS = 4
-GLOBAL_BATCH = 16
-WHOLE_BATCH = f"data.micro_batch_size={GLOBAL_BATCH}"  # what one process takes at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +24,20 @@ class Case:
     compile: bool = False
     unit: str = "block"  # what ZeRO-3 gathers at once
     words: tuple[str, ...] = ()  # further overrides of the candidate alone
+    global_batch: int = 16
 
     @property
     def shared(self) -> list[str]:
         """Overrides that the candidate has in common with its references."""
         return [
-            *{"gpt": self.gpt, "vit": VIT}[self.model],
+            *self.net,
             f"optimizer={self.optimizer}",
             f"optimizer.lr={0.003 if self.optimizer == 'adamw' else 0.1}",
             "scheduler.warmup_steps=2",
             f"trainer.clip_norm={0.3 if self.clip else 'null'}",
             f"trainer.max_steps={STEPS}",
             "trainer.val_every_steps=null",
-            f"data.global_batch_size={GLOBAL_BATCH}",
+            f"data.global_batch_size={self.global_batch}",
             "data.max_val_samples=19",  # ragged at every world size
             "logger=none",
             "evidence=true",
@@ -46,7 +45,9 @@ class Case:
         ]
 
     @property
-    def gpt(self) -> list[str]:
+    def net(self) -> list[str]:
+        if self.model == "vit":
+            return VIT
         return [
             "model=gpt_tiny",
             "model.net.num_layers=2",
@@ -62,8 +63,11 @@ class Case:
     @property
     def overrides(self) -> list[str]:
         choices = [f"precision={self.precision}", f"strategy={self.strategy}", f"launcher.devices={self.world_size}"]
-        micro_batch_size = GLOBAL_BATCH // self.data_ranks // self.accumulation
-        return [*self.shared, f"data.micro_batch_size={micro_batch_size}", *choices, *self.extras]
+        return [*self.shared, f"data.micro_batch_size={self.micro_batch_size}", *choices, *self.extras]
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.global_batch // self.data_ranks // self.accumulation
 
     @property
     def data_ranks(self) -> int:
@@ -84,11 +88,16 @@ class Case:
 
     @property
     def reference_overrides(self) -> list[str]:
-        return [*self.shared, WHOLE_BATCH, f"precision={self.precision}", "strategy=single"]
+        return [*self.shared, self.whole_batch, f"precision={self.precision}", "strategy=single"]
 
     @property
     def exact_overrides(self) -> list[str]:
-        return [*self.shared, WHOLE_BATCH, "precision=fp64", "strategy=single"]
+        return [*self.shared, self.whole_batch, "precision=fp64", "strategy=single"]
+
+    @property
+    def whole_batch(self) -> str:
+        """One process takes a global batch at once."""
+        return f"data.micro_batch_size={self.global_batch}"
 
     def __str__(self) -> str:
         switches = [self.model, self.optimizer, "clip" if self.clip else "no-clip", "tied" if self.tied else "untied"]

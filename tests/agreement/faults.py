@@ -120,3 +120,74 @@ class StepSkipped(pl.Callback):
             for parameter, before in zip(pl_module.parameters(), self.before, strict=True):
                 parameter.detach().copy_(before)
             self.before = None
+
+
+def grid(trainer: pl.Trainer) -> Any:
+    """The trainer's strategy, a GridEngine."""
+    return trainer.strategy
+
+
+class StagesSwapped(pl.Callback):
+    """The first pipe rank's two stages each run a block of the other."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        stages = grid(trainer).steps.pipeline.stages
+        if 0 in stages:
+            one, other = stages[0], stages[2]
+            one.units[-1], other.units[0] = other.units[0], one.units[-1]
+
+
+class MicroBatchDropped(pl.Callback):
+    """The first stage forgets the gradients of the second micro-batch."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pipeline = grid(trainer).steps.pipeline
+        backward = pipeline.b
+
+        def forgetful(stage: int, micro: int) -> None:
+            before = [parameter.grad if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
+            backward(stage, micro)
+            if (stage, micro) == (0, 1):
+                for parameter, gradient in zip(parameters, before, strict=True):
+                    parameter.grad = gradient
+
+        parameters = list(pl_module.parameters())
+        pipeline.b = forgetful
+
+
+class ClippedByStageNorm(pl.Callback):
+    """Every stage clips its gradients by their own norm."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shards = grid(trainer).shards
+
+        def clip(optimizer: Optimizer, clip_val: float) -> None:
+            torch.nn.utils.clip_grad_norm_(shards.parts, clip_val)
+
+        trainer.precision_plugin.clip_grad_by_norm = clip  # type: ignore[method-assign,assignment]
+
+
+class TiedNotSummed(pl.Callback):
+    """Both copies of the tied weight keep the gradient of their own place."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        grid(trainer).ties.sum_gradients = lambda: None
+
+
+class ReshardedInBetween(pl.Callback):
+    """FSDP lets go of gathered weights after each forward, though the backward of weights comes later."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for root in grid(trainer).steps.sharded_roots:
+            root.set_reshard_after_forward(True)
+            root.set_reshard_after_backward(True)
+            root.set_reshard_after_backward = lambda *_: None
+
+
+class NormsPartNotSummed(pl.Callback):
+    """Tensor ranks keep their part of a norm's gradient, that of their part of the sequence."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from strategies.engines import tensor
+
+        tensor.sum_partial_gradients = lambda parameters: None

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,17 +35,6 @@ def train_case(overrides: list[str], folder: Path, fault: type | None = None) ->
 
 def train_rank(job: Job, fault: type | None) -> None:
     train(job, callbacks=[] if fault is None else [fault()])
-
-
-@pytest.fixture(scope="session")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], tuple[Evidence, Evidence]]:
-    """(exact, reference) of a case, each trained once for all tests."""
-
-    @cache
-    def train_once(*overrides: str) -> Evidence:
-        return train_case(list(overrides), tmp_path_factory.mktemp("reference"))
-
-    return lambda case: (train_once(*case.exact_overrides), train_once(*case.reference_overrides))
 
 
 def checks_of(case: Case, folder: Path, references: Callable, fault: type | None = None) -> list[Check]:

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.language import LanguageModel
 from models.nets.gpt import GPT
 from models.nets.vit import ViT
-from models.stats import measure
+from models.plan import ParallelPlan
+from models.stats import Passed, measure
 from models.task import Task
 from models.vision import ImageClassifier
 
@@ -104,6 +105,66 @@ def test_a_tied_parameter_counts_once_and_for_its_first_unit() -> None:
     assert free.parameters - tied.parameters == 61 * 32
     assert tied.parameters_by_unit["embed"] == 61 * 32
     assert tied.parameters_by_unit["head"] == 0
+
+
+def test_parts_say_where_parameters_stand_and_what_passes() -> None:
+    stats = measure(on_meta(language(tie_embeddings=True)), TOKENS)
+    embed, block, head = (stats.units[name] for name in ("embed", "blocks.1", "head"))
+    assert embed.parameters == head.parameters == (0,)
+    assert [part.name.removeprefix("blocks.1.") for part in block.parts] == [
+        "attention_norm", "attention.q", "attention.k", "attention.v", "attention.o",
+        "mlp_norm", "mlp.gate", "mlp.up", "mlp.down",
+    ]  # fmt: skip
+    assert [part.style for part in block.parts[:5]] == ["sequence", "colwise", "colwise", "colwise", "rowwise"]
+    assert embed.takes == Passed(other_bytes=8 * LENGTH, narrow=True)
+    assert block.takes == block.gives == Passed(elements=LENGTH * 32)
+    assert block.parts[2].gives == Passed(elements=LENGTH * 2 * 8, narrow=True)  # k: two heads
+    assert head.parts[0].gives.elements == LENGTH * 61
+    assert stats.between == ()
+
+
+def test_autocast_leaves_narrow_what_is_narrow_here() -> None:
+    """What stays in the format of products under autocast: the same in a real step."""
+    module = on_meta(vision())
+    parts = {part.name: part for unit in measure(module, IMAGE).units.values() for part in unit.parts}
+    module.to_empty(device="cpu")
+    formats: dict[str, torch.dtype] = {}
+    for name in parts:
+        module.get_submodule(f"net.{name}").register_forward_hook(
+            lambda _, __, output, name=name: formats.update({name: output.dtype})
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        module.training_step(IMAGE, 0)
+    assert {name for name, part in parts.items() if part.gives.narrow} == {
+        name for name, dtype in formats.items() if dtype == torch.bfloat16
+    }
+
+
+class Between(LightningModule):
+    """One parameter in no unit of the net, one outside of the net."""
+
+    plan = ParallelPlan(blocks=("first",), head=("second",))
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.outside = nn.Parameter(torch.zeros(3))
+            self.net = nn.ModuleDict({"first": nn.Linear(8, 16), "second": nn.Linear(16, 4)})
+            self.net.scale = nn.Parameter(torch.ones(16))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        x = self.net["first"](batch) * self.net.scale
+        return self.net["second"](x).square().mean() + self.outside.sum()
+
+
+def test_parameters_outside_of_units_are_told_apart() -> None:
+    stats = measure(Between(), torch.zeros(1, 8))
+    assert [stats.shapes[position] for position in stats.between] == [(16,)]
+    in_units = {position for unit in stats.units.values() for position in unit.parameters}
+    assert {stats.shapes[position] for position in range(len(stats.shapes)) if position not in in_units} == {
+        (3,),
+        (16,),
+    }
 
 
 def test_measuring_leaves_no_trace() -> None:

@@ -278,10 +278,20 @@ class OfTwo(nn.Module):
         return self.layer(both[0])
 
 
+class LeavesOut(MLP):
+    """Its plan forgets a module that has no parameters."""
+
+    plan = ParallelPlan(stem=("0",), blocks=("1", "3"), head=("4",))
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), Block(32), nn.Tanh(), Block(32), nn.Linear(32, 10))
+
+
 class NoLoss(MLP):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        self.loss(batch)
-        return None
+        loss = self.loss(batch)
+        return loss if self._trainer is None else None  # measured, it has one
 
 
 class StepsMatrices(MLP):

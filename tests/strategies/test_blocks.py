@@ -13,7 +13,7 @@ from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import ConfigError, validate
 from strategies.engines import blocks
-from strategies.engines.blocks import compile_blocks, default_dtype, rework
+from strategies.engines.blocks import compile_blocks, DefaultDtype, rework
 from tests.strategies.own_models import Block
 
 
@@ -76,7 +76,7 @@ def test_forward_runs_twice_where_a_block_is_checkpointed(mode: str, runs: list[
 
 AROUND: dict[str, Callable[[], Any]] = {
     "nothing": nullcontext,
-    "float64": partial(default_dtype, torch.float64),
+    "float64": partial(DefaultDtype, torch.float64),
     "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
 }
 

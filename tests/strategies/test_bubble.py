@@ -7,7 +7,6 @@ few cores, and a step's time over the time of its work says how well the engine 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -49,7 +48,7 @@ class Pause(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         time.sleep(ctx.backward_s)
         return gradient, None, None
 
@@ -149,15 +148,16 @@ class Setting:
         ]
 
 
+NAIVE = Setting(schedule="gpipe", ranks=2, micro_batches=1, strategy="model_parallel")
+COMPARED: tuple[Name, ...] = ("1f1b", "interleaved_1f1b", "zbv")
 SETTINGS = [
     Setting(schedule=schedule, ranks=ranks, micro_batches=micro_batches)
     for ranks in (2, 4)
     for schedule in ("gpipe", "1f1b")
     for micro_batches in (1, 4, 8)
 ] + [
-    Setting(schedule="gpipe", ranks=2, micro_batches=1, strategy="model_parallel"),
-    Setting(schedule="interleaved_1f1b", ranks=2, micro_batches=4),
-    Setting(schedule="zbv", ranks=2, micro_batches=4),
+    NAIVE,
+    *(Setting(schedule=schedule, ranks=2, micro_batches=4) for schedule in COMPARED[1:]),
 ]
 Ratios = Mapping[Setting, float]
 
@@ -168,13 +168,16 @@ def train_timed(jobs: Sequence[Job]) -> None:
 
 
 def measure(settings: Sequence[Setting], folder: Path) -> dict[Setting, float]:
-    """Median time of a step over the time of its work. All settings are of one number of ranks, which take them in turn."""
+    """Shortest step over the time of its work; the settings are of one number of ranks, which take them in turn.
+
+    The shortest, because whatever else the machine does can only make a step of sleeps longer.
+    """
     jobs = {setting: job_of(setting.overrides, folder / str(setting)) for setting in settings}
     run_ranks(settings[0].ranks, folder, train_timed, list(jobs.values()))
     ratios = {}
     for setting, job in jobs.items():
         ends = json.loads((job.run_dir / "ends.json").read_text())
-        ratios[setting] = statistics.median(end - begin for begin, end in pairwise(ends)) / setting.work_s
+        ratios[setting] = min(end - begin for begin, end in pairwise(ends)) / setting.work_s
     return ratios
 
 
@@ -186,6 +189,7 @@ def theory(setting: Setting, folder: Path) -> float:
 
 @pytest.fixture(scope="module")
 def ratios(tmp_path_factory: pytest.TempPathFactory) -> Ratios:
+    """All settings of a number of ranks by the same processes: to start them takes longer than most of the steps."""
     found: dict[Setting, float] = {}
     for ranks in (2, 4):
         found |= measure([setting for setting in SETTINGS if setting.ranks == ranks], tmp_path_factory.mktemp("ranks"))
@@ -194,6 +198,15 @@ def ratios(tmp_path_factory: pytest.TempPathFactory) -> Ratios:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_step_takes_as_long_as_its_schedule_says(setting: Setting, ratios: Ratios, tmp_path: Path) -> None:
-    expected = pytest.approx(theory(setting, tmp_path), rel=TOLERANCE)
-    if ratios[setting] != expected:  # other processes may have taken the cores: look once more
+    expected = pytest.approx(theory(setting, tmp_path / "theory"), rel=TOLERANCE)
+    if ratios[setting] != expected:  # the machine may have been too busy: look once more
         assert measure([setting], tmp_path)[setting] == expected
+
+
+def test_naive_split_takes_as_long_as_one_rank_would(tmp_path: Path) -> None:
+    assert theory(NAIVE, tmp_path) == NAIVE.ranks
+
+
+def test_interleaved_stages_take_less_time_than_1f1b_and_split_backwards_less_still(ratios: Ratios) -> None:
+    plain, interleaved, split = (ratios[Setting(schedule=schedule, ranks=2, micro_batches=4)] for schedule in COMPARED)
+    assert split < interleaved < plain

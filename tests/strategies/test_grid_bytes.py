@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-from torch.distributed.tensor import DTensor
 
 from datamodules.loading import BatchDataset
 from datamodules.spec import SampledData
@@ -26,6 +21,7 @@ from launch.worker import build_model, train
 from models.stats import ModelStats, measure
 from strategies import grid_costs
 from strategies.engines import grid as engine
+from strategies.engines import shards
 from strategies.engines.sharding import sharded_parts
 from strategies.grid import Grid
 from strategies.spec import Workload
@@ -33,7 +29,7 @@ from tests.harness import run_ranks
 from tracking.traffic import TrafficCounter
 
 STEADY = 1  # optimizer steps before the one that is counted: the first also tells shapes and names
-GLOBAL_BATCH = 24
+GLOBAL_BATCH = 16
 COMMON = [
     f"trainer.max_steps={STEADY + 1}",
     "trainer.val_every_steps=null",
@@ -45,7 +41,7 @@ COMMON = [
 ]
 ODD = [  # sizes that no number of ranks divides
     "model=gpt_tiny",
-    "model.net.num_layers=6",
+    "model.net.num_layers=4",
     "model.net.num_heads=3",
     "model.net.num_kv_heads=1",
     "model.net.hidden_size=42",
@@ -54,14 +50,16 @@ ODD = [  # sizes that no number of ranks divides
     "data.sequence_length=16",
 ]
 EVEN = [*ODD, "model.net.num_heads=4", "model.net.num_kv_heads=4", "model.net.hidden_size=56", "model.net.mlp_size=100"]
-VIT = ["model=vit_tiny", "model.net.num_layers=3", "model.net.num_heads=4", "data=digits"]
+VIT = ["model=vit_tiny", "data=digits", "model.net.num_heads=2", "model.net.hidden_size=32", "model.net.mlp_size=64"]
+GPT2 = ["model.net.norm=layer", "model.net.mlp=gelu", "model.net.bias=true", "model.net.positions=learned"]
+GPT2 += ["+model.net.max_sequence_length=16"]
 TIED = "model.net.tie_embeddings=true"
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
     """Bytes by address of what these tensors hold on this rank, each storage once."""
-    local = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    held = [tensor.untyped_storage() for tensor in local if tensor is not None and tensor.numel()]
+    local = [shards.local(tensor) for tensor in tensors if tensor is not None]
+    held = [tensor.untyped_storage() for tensor in local if tensor.numel()]
     return {storage.data_ptr(): storage.nbytes() for storage in held if storage.nbytes()}
 
 
@@ -77,8 +75,8 @@ class Census(pl.Callback):
         self.spec = job.strategy
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(trainer.strategy, engine.GridEngine)
         self.module, self.engine = pl_module, trainer.strategy
-        assert isinstance(self.engine, engine.GridEngine)
         steps = self.engine.steps
         parts = sharded_parts(pl_module) + (steps.sharded_roots if steps else [])
         self.groups: list[Any] = list(
@@ -86,16 +84,12 @@ class Census(pl.Callback):
         )
         self.sharded: list[Any] = [parameter for group in self.groups for parameter in group.fsdp_params]
         # Where weights or gradients come or go.
-        for owner, name in [
-            (FSDPParamGroup, "unshard"),
-            (FSDPParamGroup, "_to_unsharded"),
-            (FSDPParamGroup, "post_backward"),
-            (engine.GridEngine, "finish_gradients"),
-        ]:
+        places = [(type(self.groups[0]), name) for name in ("unshard", "_to_unsharded", "post_backward") if self.groups]
+        for owner, name in [*places, (engine.GridEngine, "finish_gradients")]:
             setattr(owner, name, self.sampled(getattr(owner, name)))
         trainer.optimizers[0].register_step_pre_hook(lambda *_: self.sample())
-        self.all_reduce, self.irecv = dist.all_reduce, dist.irecv
-        dist.all_reduce, dist.irecv = self.watched_all_reduce, self.watched_irecv
+        self.all_reduce, self.irecv = shards.dist.all_reduce, shards.dist.irecv
+        shards.dist.all_reduce, shards.dist.irecv = self.watched_all_reduce, self.watched_irecv
 
     def sampled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def sampling(*args: Any, **kwargs: Any) -> Any:
@@ -141,6 +135,8 @@ class Census(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
         if trainer.global_step == STEADY and not self.counts:
             self.counts = True
+            for parameter in self.engine.shards.parts:
+                parameter.grad = None  # the engine keeps the last step's through this step's forward
             self.counter.__enter__()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
@@ -187,3 +183,99 @@ def stats_of(job: Job) -> ModelStats:
     model.configure_model()
     assert isinstance(job.data, SampledData)
     return measure(model, BatchDataset(job.data.train_samples())[np.zeros(1, dtype=np.int64)])
+
+
+Count = Callable[..., tuple[Grid, Workload, ModelStats, list[list[dict[str, Any]]]]]
+
+
+@pytest.fixture(scope="module")
+def count(tmp_path_factory: pytest.TempPathFactory) -> Count:
+    """(grid, workload, stats, reports by pipe rank) of a run, made once for all tests that ask for it."""
+    made: dict[tuple[object, ...], Any] = {}
+
+    def run(strategy: str, mesh: str, accumulation: int, *overrides: str) -> Any:
+        key = (strategy, mesh, accumulation, *overrides)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("census")
+            pipe, data, tensor = map(int, mesh.split("x"))
+            words = [
+                *([] if "model=vit_tiny" in overrides else EVEN if tensor > 1 else ODD),
+                *COMMON,
+                f"data.micro_batch_size={GLOBAL_BATCH // data // accumulation}",
+                f"strategy={strategy}",
+                f"strategy.mesh={{pipe:{pipe},data:{data},tensor:{tensor}}}",
+                f"run_dir='{folder}'",
+            ]
+            job = Job.of(resolve(validate(compose([*words, *overrides]))))
+            job.data.prepare()
+            ranks = pipe * data * tensor
+            run_ranks(ranks, folder, census_rank, job)
+            reports = [json.loads((folder / f"census{rank}.json").read_text()) for rank in range(ranks)]
+            workload = Workload(
+                precision=job.config.precision,
+                accumulation=accumulation,
+                micro_batch_size=job.data.micro_batch_size,
+                moments=1 if "optimizer=sgd" in overrides else 2,
+            )
+            of_stage = data * tensor
+            by_pipe = [reports[first : first + of_stage] for first in range(0, ranks, of_stage)]
+            made[key] = job.strategy, workload, stats_of(job), by_pipe
+        return made[key]
+
+    return run
+
+
+# The mesh is pipe x data x tensor; then accumulation.
+RUNS: list[tuple[Any, ...]] = [
+    ("fsdp", "1x2x1", 1),
+    ("fsdp", "1x4x1", 2, TIED, "precision=bf16_master"),
+    ("fsdp", "1x2x1", 2, "strategy.reshard_after_forward=false", "optimizer=sgd", "optimizer.lr=0.01"),
+    ("fsdp", "1x4x1", 2, "strategy.shard_ranks=1", "precision=bf16_master"),
+    ("hsdp", "1x4x1", 2, "strategy.activation_checkpointing=full"),
+    ("tensor", "1x1x2", 2, *GPT2, "precision=bf16", "strategy.activation_checkpointing=every_2"),
+    ("tensor", "1x1x4", 1, TIED, "strategy.sequence_parallel=false", "strategy.loss_parallel=false"),
+    ("tensor", "1x1x2", 1, *VIT, "precision=bf16_pure"),
+    ("pipeline", "2x1x1", 2, TIED),
+    ("pipeline", "2x1x1", 1, *VIT, "strategy.schedule=interleaved_1f1b", "precision=bf16"),
+    ("pipeline", "4x1x1", 1, TIED, "strategy.schedule=zbv", "model.net.num_layers=7"),
+    ("2d", "1x2x2", 2),
+    ("2d_pipeline", "2x2x1", 2, TIED, "strategy.reshard_after_forward=true"),
+    ("3d", "2x2x2", 1, TIED, "strategy.schedule=zbv"),
+]
+each_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+
+
+@each_run
+def test_held_bytes_are_the_specs(run: tuple[Any, ...], count: Count) -> None:
+    grid, workload, stats, by_pipe = count(*run)
+    # A parameter that stands in two places has a gradient when both have given theirs; till then autograd keeps it.
+    unseen = sum(stats.reused) * 4 if grid.shards > 1 and grid.pipe == 1 else 0
+    for pipe_rank, reports in enumerate(by_pipe):
+        expected = grid_costs.rank_memory(grid, stats, workload, pipe_rank)
+        for category in ("parameters", "optimizer", "gradients", "buffers"):
+            most = max(report[category] for report in reports)
+            close = pytest.approx(getattr(expected, category), rel=0.02, abs=64)
+            assert most == close or (category == "gradients" and unseen and most + unseen == close), category
+
+
+@each_run
+def test_sent_bytes_are_the_specs(run: tuple[Any, ...], count: Count) -> None:
+    grid, workload, stats, by_pipe = count(*run)
+    for pipe_rank, reports in enumerate(by_pipe):
+        transfers = grid_costs.rank_traffic(grid, stats, workload, pipe_rank)
+        expected = {f"{sent.collective} {sent.axis} {sent.ranks}": sent.payload for sent in transfers}
+        for report in reports:
+            sent = report["sent"]
+            # Left out: the gradient's norm, the pipeline's loss and logs, how far each rank's data has come.
+            assert sum(payload for key, payload in sent.items() if key not in expected) < 0.01 * sum(expected.values())
+            for key, payload in expected.items():
+                assert sent[key] == pytest.approx(payload, rel=0.01), key
+
+
+@each_run
+def test_a_strategys_figures_are_those_of_its_busiest_rank(run: tuple[Any, ...], count: Count) -> None:
+    grid, workload, stats, by_pipe = count(*run)
+    totals = [grid_costs.rank_memory(grid, stats, workload, pipe_rank).total for pipe_rank in range(len(by_pipe))]
+    assert grid.memory(stats, workload).total == max(totals)
+    payloads = [sum(report["sent"].values()) for reports in by_pipe for report in reports]
+    assert sum(sent.payload for sent in grid.traffic(stats, workload)) > 0.98 * max(payloads)

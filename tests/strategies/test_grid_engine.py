@@ -17,6 +17,7 @@ from launch.job import Job, resolve, run_of
 from launch.schema import validate
 from launch.worker import build_model
 from strategies.engines.grid import GridEngine
+from strategies.engines.shards import local
 from strategies.grid import Grid
 from tests.agreement.cases import Case, own
 from tests.agreement.test_agreement import train_case
@@ -71,6 +72,7 @@ REFUSED = [
     ("pipeline", "PassesDict", [], "module 2 gives dict, but only a tensor or a tuple of tensors"),
     ("pipeline", "NoLoss", [], "NoLoss.training_step returns NoneType instead of a loss"),
     ("pipeline", "HasScalar", [], "parameter temperature lies outside of the chain"),
+    ("pipeline", "LeavesOut", [], "module net.2 (Tanh) lies outside of the chain"),
     ("fsdp", "StepsTwiceBackward", ["trainer.clip_norm=null"], "StepsTwiceBackward optimizes manually"),
     ("fsdp", "StepsMatrices", [], "not known to be right for Muon"),
     ("tensor", "MLP", ["strategy.mesh.tensor=3", "launcher.devices=3"], "does not divide the 32 rows of 1.up.weight"),
@@ -161,7 +163,7 @@ def spread_rank(rank: int, job: Job, folder: Path) -> None:
     engine = GridEngine(job.strategy, run_of(job.config, job.data, "cpu"))
     engine.make_mesh(torch.device("cpu"))
     engine.spread(model, torch.device("cpu"))
-    held = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[operator]
+    held = sum(local(parameter).numel() for parameter in model.parameters())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (folder / f"{rank}.json").write_text(json.dumps({"held": held, "peak": peak}))
 

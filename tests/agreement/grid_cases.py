@@ -1,0 +1,130 @@
+"""The grid's cases: every preset, every schedule, 2, 4 and 8 ranks, each switch both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.agreement.cases import Case
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridCase(Case):
+    """A case whose nets have layers, heads and a batch enough for 8 ranks and 8 stages."""
+
+    schedule: str = "1f1b"
+    global_batch: int = 32
+
+    @property
+    def net(self) -> list[str]:
+        heads = {"gpt": ["model.net.num_heads=8", "model.net.num_kv_heads=4"], "vit": ["model.net.num_heads=4"]}
+        return [*super().net, "model.net.num_layers=6", *heads[self.model]]
+
+    @property
+    def micro_batches(self) -> int:
+        """As many as the schedule takes, of at most as many samples as there are."""
+        pipe_ranks = self.world_size // self.others_than_pipe
+        wanted = 2 * pipe_ranks if self.schedule == "dualpipev" else 4
+        return 1 if self.strategy == "model_parallel" else min(wanted, self.micro_batch_size)
+
+    @property
+    def others_than_pipe(self) -> int:
+        return {"2d_pipeline": self.world_size // 2, "3d": self.world_size // 2}.get(self.strategy, 1)
+
+    @property
+    def extras(self) -> list[str]:
+        if self.strategy not in ("pipeline", "2d_pipeline", "3d"):
+            return super().extras
+        return [
+            f"strategy.schedule={self.schedule}",
+            f"strategy.micro_batches={self.micro_batches}",
+            *super().extras,
+        ]
+
+
+REPLICATE = ("strategy.shard_ranks=1",)
+SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")
+
+
+def spreads() -> Iterator[dict[str, Any]]:
+    """Every way to lay ranks out."""
+    for strategy, world_sizes in {
+        "fsdp": (2, 4, 8),
+        "hsdp": (4, 8),
+        "tensor": (2, 4),
+        "model_parallel": (2, 4),
+    }.items():
+        yield from ({"strategy": strategy, "world_size": world_size} for world_size in world_sizes)
+    yield {"strategy": "fsdp", "world_size": 2, "words": ("strategy.reshard_after_forward=false",)}
+    yield {"strategy": "fsdp", "world_size": 4, "words": ("strategy.cpu_offload=true",)}
+    yield {"strategy": "fsdp", "world_size": 4, "words": REPLICATE}
+    yield {"strategy": "tensor", "world_size": 2, "words": ("strategy.sequence_parallel=false",)}
+    yield {"strategy": "tensor", "world_size": 4, "words": ("strategy.loss_parallel=false",)}
+    yield from ({"strategy": "2d", "world_size": world_size} for world_size in (4, 8))
+    yield {"strategy": "2d", "world_size": 4, "words": REPLICATE}
+    for schedule in SCHEDULES:
+        yield {"strategy": "pipeline", "world_size": 2, "schedule": schedule}
+        yield {"strategy": "pipeline", "world_size": 4, "schedule": schedule}
+        yield {"strategy": "2d_pipeline", "world_size": 4, "schedule": schedule}
+        yield {"strategy": "3d", "world_size": 8, "schedule": schedule}
+    yield {"strategy": "2d_pipeline", "world_size": 8}
+    yield {"strategy": "2d_pipeline", "world_size": 8, "words": ("strategy.shard_ranks=2",)}
+    yield {"strategy": "2d_pipeline", "world_size": 4, "schedule": "zbv", "words": REPLICATE}
+    yield {"strategy": "2d_pipeline", "world_size": 4, "words": ("strategy.reshard_after_forward=true",)}
+    yield {"strategy": "3d", "world_size": 8, "words": REPLICATE}
+
+
+# Each switch, one way and the other.
+SWITCHES: dict[str, tuple[Any, Any]] = {
+    "model": ("gpt", "vit"),
+    "tied": (False, True),
+    "optimizer": ("adamw", "sgd"),
+    "clip": (True, False),
+    "accumulation": (1, 4),
+    "checkpointing": ("none", "full"),
+}
+
+
+def matrix() -> list[GridCase]:
+    """Two cases for every spread, that set each switch in opposite ways; which way first differs from spread to spread.
+
+    So every spread meets every value of every switch, and over all spreads every pair of values occurs.
+    """
+    cases = []
+    for number, spread in enumerate(spreads()):
+        # Multiples of an odd constant walk through all patterns of bits.
+        pattern = number * 37 % 64
+        for flipped in (0, 63):
+            ways = [(pattern ^ flipped) >> bit & 1 for bit in range(len(SWITCHES))]
+            chosen = {switch: values[way] for way, (switch, values) in zip(ways, SWITCHES.items(), strict=True)}
+            case = GridCase(**{**chosen, **spread})
+            cases.append(replace(case, tied=case.tied and case.model == "gpt"))
+    return cases
+
+
+MATRIX = matrix()
+
+# Of these, `make test` runs one of the two cases: every preset, every schedule, 8 ranks once.
+EVERYDAY_SPREADS: list[dict[str, Any]] = [
+    {"strategy": "fsdp", "world_size": 2, "words": ()},
+    {"strategy": "fsdp", "world_size": 4, "words": REPLICATE},
+    {"strategy": "hsdp", "world_size": 4},
+    {"strategy": "tensor", "world_size": 2, "words": ()},
+    {"strategy": "tensor", "world_size": 4, "words": ()},
+    {"strategy": "model_parallel", "world_size": 2},
+    {"strategy": "2d", "world_size": 4, "words": ()},
+    {"strategy": "2d", "world_size": 4, "words": REPLICATE},
+    {"strategy": "pipeline", "world_size": 2, "schedule": "gpipe"},
+    {"strategy": "pipeline", "world_size": 4, "schedule": "1f1b"},
+    {"strategy": "pipeline", "world_size": 2, "schedule": "interleaved_1f1b"},
+    {"strategy": "pipeline", "world_size": 2, "schedule": "looped_bfs"},
+    {"strategy": "2d_pipeline", "world_size": 4, "schedule": "interleaved_zero_bubble"},
+    {"strategy": "2d_pipeline", "world_size": 4, "schedule": "zbv", "words": ()},
+    {"strategy": "pipeline", "world_size": 4, "schedule": "dualpipev"},
+    {"strategy": "3d", "world_size": 8, "schedule": "1f1b", "words": ()},
+]
+EVERYDAY = [
+    [case for case in MATRIX if vars(case).items() >= spread.items()][number % 2]
+    for number, spread in enumerate(EVERYDAY_SPREADS)
+]

@@ -1,0 +1,81 @@
+"""The grid's agreement: the everyday cases, and the matrix of all spreads, which `make matrix` runs."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
+from tests.agreement import faults
+from tests.agreement.cases import Case
+from tests.agreement.grid_cases import EVERYDAY, MATRIX, SCHEDULES, SWITCHES, GridCase
+from tests.agreement.test_agreement import LEAST_EXCESS, checks_of, train_case
+from tests.strategies.test_spec import PRESETS
+from tracking.agreement import Check
+
+PRECISIONS = [
+    GridCase(strategy="fsdp", precision="bf16", tied=True, accumulation=2),
+    GridCase(strategy="fsdp", precision="bf16_pure"),
+    GridCase(strategy="tensor", precision="bf16_master", accumulation=2),
+    GridCase(strategy="2d_pipeline", precision="bf16", world_size=4, schedule="zbv", checkpointing="every_2"),
+]
+
+
+@pytest.mark.parametrize("case", [*EVERYDAY, *PRECISIONS], ids=str)
+def test_grid_agrees_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
+    assert failed(checks_of(case, tmp_path, references)) == []
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", [case for case in MATRIX if case not in EVERYDAY], ids=str)
+def test_every_spread_agrees_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
+    assert failed(checks_of(case, tmp_path, references)) == []
+
+
+def failed(checks: list[Check]) -> list[Check]:
+    assert {check.quantity for check in checks} == {"samples", "loss", "gradient norm", "weights", "validation loss"}
+    return [check for check in checks if not check.passed]
+
+
+def test_matrix_holds_every_preset_schedule_and_pair_of_switches() -> None:
+    grids = {path.stem for path in PRESETS if "- _grid" in path.read_text()}
+    for cases in (MATRIX, EVERYDAY):
+        assert {case.strategy for case in cases} == grids
+        assert {case.schedule for case in cases} == set(SCHEDULES)
+    assert {case.world_size for case in MATRIX} == {2, 4, 8}
+    for one, other in itertools.combinations(SWITCHES, 2):
+        wanted = set(itertools.product(SWITCHES[one], SWITCHES[other])) - {("vit", True)}
+        assert wanted <= {(getattr(case, one), getattr(case, other)) for case in MATRIX}, (one, other)
+    for spread in {(case.strategy, case.world_size, case.schedule, case.words) for case in MATRIX}:
+        met = [case for case in MATRIX if (case.strategy, case.world_size, case.schedule, case.words) == spread]
+        for switch in SWITCHES.keys() - {"tied"}:
+            assert {getattr(case, switch) for case in met} == set(SWITCHES[switch]), (spread, switch)
+
+
+PIPELINE = GridCase(strategy="pipeline")
+PLANTED = [
+    (faults.StagesSwapped, GridCase(strategy="pipeline", schedule="interleaved_1f1b")),
+    (faults.MicroBatchDropped, PIPELINE),
+    (faults.ClippedByStageNorm, PIPELINE),
+    (faults.TiedNotSummed, GridCase(strategy="pipeline", tied=True)),
+    (faults.TiedNotSummed, GridCase(strategy="pipeline", tied=True, schedule="zbv")),
+    (faults.AveragedTwice, GridCase(strategy="fsdp")),
+    (faults.NormsPartNotSummed, GridCase(strategy="tensor")),
+    (faults.SamplesRepeated, GridCase(strategy="hsdp", world_size=4)),
+    (faults.StepSkipped, GridCase(strategy="2d", world_size=4)),
+]
+
+
+@pytest.mark.parametrize(("fault", "case"), PLANTED, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_planted_fault_is_caught(fault: type, case: Case, tmp_path: Path, references: Callable) -> None:
+    checks = checks_of(case, tmp_path, references, fault)
+    assert failed(checks) != []
+    assert max(check.difference / check.limit if check.limit else check.difference for check in checks) > LEAST_EXCESS
+
+
+def test_weights_let_go_before_their_gradients_end_the_run(tmp_path: Path) -> None:
+    """Torch's own runtime goes on with wrong gradients here; see `Grid.check_schedule`, which refuses to start so."""
+    case = GridCase(strategy="2d_pipeline", world_size=4, schedule="zbv")
+    with pytest.raises(AssertionError, match="KeyError: <AccumulateGrad"):
+        train_case(case.overrides, tmp_path, faults.ReshardedInBetween)
