@@ -28,13 +28,15 @@ Exchanges = Iterator[tuple[Collective, int]]  # over the tensor axis, with the p
 
 def memory(grid: Grid, stats: ModelStats, workload: Workload) -> Memory:
     """Of the pipe rank that holds most."""
-    held = (rank_memory(grid, stats, workload, rank) for rank in range(grid.pipe))
+    layout = Layout(grid, stats)
+    held = (rank_memory(layout, workload, rank) for rank in range(grid.pipe))
     return max(held, key=lambda memory: memory.total)
 
 
 def traffic(grid: Grid, stats: ModelStats, workload: Workload) -> Traffic:
     """Of the pipe rank that sends and receives most."""
-    sent = (rank_traffic(grid, stats, workload, rank) for rank in range(grid.pipe))
+    layout = Layout(grid, stats)
+    sent = (rank_traffic(layout, workload, rank) for rank in range(grid.pipe))
     return max(sent, key=lambda transfers: sum(map(moved, transfers)))
 
 
@@ -46,9 +48,9 @@ def moved(transfer: Transfer) -> float:
 # --- memory ---
 
 
-def rank_memory(grid: Grid, stats: ModelStats, workload: Workload, pipe_rank: int) -> Memory:
+def rank_memory(layout: Layout, workload: Workload, pipe_rank: int) -> Memory:
     """Of one pipe rank."""
-    layout, precision = Layout(grid, stats), workload.precision
+    grid, precision = layout.grid, workload.precision
     parameter, master = BYTES[precision.parameter], BYTES[precision.master]
     stages = layout.stages_of(pipe_rank)
     owned = sum(group.shard for stage in stages for group in stage.all_groups) + layout.outside.whole
@@ -134,7 +136,8 @@ def gathered_in_pipeline(grid: Grid, stages: Sequence[Stage], parameter: int, re
     if (
         grid.reshards
     ):  # for backward, the first group comes last; the head, called behind its stage, leaves its flat copy
-        arriving = stages[0].groups[0].padded + (stages[-1].groups[-1].padded if stages[-1].is_last else 0)
+        arriving = max([*stage.groups, stage.root][0].padded for stage in stages)
+        arriving += sum([stage.root, *stage.groups][-1].padded for stage in stages if stage.is_last)
     else:  # the last but one leaves its flat copy until the last is there
         arriving = max(group.padded for group in stages[-1].all_groups[-2:])
     peak = weights = sum(group.padded for group in groups) * parameter
@@ -148,9 +151,8 @@ def gathered_in_pipeline(grid: Grid, stages: Sequence[Stage], parameter: int, re
 # --- traffic ---
 
 
-def rank_traffic(grid: Grid, stats: ModelStats, workload: Workload, pipe_rank: int) -> Traffic:
+def rank_traffic(layout: Layout, workload: Workload, pipe_rank: int) -> Traffic:
     """Of one pipe rank."""
-    layout = Layout(grid, stats)
     sent: Counter[tuple[Collective, Axis, int]] = Counter()
     for over_axis in (over_data, over_tensor, over_pipe):
         for collective, axis, ranks, payload in over_axis(layout, workload, pipe_rank):

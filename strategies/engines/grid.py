@@ -225,6 +225,7 @@ class GridEngine(AveragesExactly):
             Pipeline(stages, self.spec.num_stages, link),
             self.spec,
             self.data_group,
+            seed=self.run.seed,
             forward_context=self.precision_plugin.forward_context,
         )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
@@ -34,10 +38,11 @@ class PipelinedSteps:
         spec: Grid,
         data_group: dist.ProcessGroup,
         *,
+        seed: int,
         forward_context: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.module, self.pipeline, self.spec = module, pipeline, spec
-        self.data_group, self.forward_context = data_group, forward_context
+        self.data_group, self.seed, self.forward_context = data_group, seed, forward_context
         self.net_call = NetCall(net, type(module).__name__)
         last = spec.num_stages - 1
         self.pipe_rank = dist.get_group_rank(pipeline.link.group, dist.get_rank())
@@ -58,7 +63,7 @@ class PipelinedSteps:
         logged: list[list[Entry]] = []
 
         def last(micro: int, output: Any) -> Tensor:
-            with self.relay.recording() as entries:
+            with self.relay.recording() as entries, self.same_draws(micro):
                 result = self.finish(partial(step, parts[micro], *rest), output)
             logged.append(entries)
             loss = loss_in(result, type(self.module).__name__)
@@ -86,7 +91,7 @@ class PipelinedSteps:
         result, entries = None, []
         if outputs:
             joined = joined_outputs(outputs)
-            with self.relay.recording() as entries, self.forward_context():
+            with self.relay.recording() as entries, self.forward_context(), self.same_draws(0):
                 result = self.finish(partial(step, batch, *rest), joined)
         self.relay.replay(entries)
         return result
@@ -104,14 +109,26 @@ class PipelinedSteps:
         self.pipeline.run(
             order[self.pipe_rank],
             key=key,
-            first=lambda micro: self.arguments(partial(step, parts[micro], *rest)),
+            first=lambda micro: self.arguments(partial(step, parts[micro], *rest), micro),
             last=last,
             context=self.forward_context,
         )
 
-    def arguments(self, step: Callable[[], Any]) -> tuple[Any, ...]:
-        with self.relay.recording():
+    def arguments(self, step: Callable[[], Any], micro: int) -> tuple[Any, ...]:
+        with self.relay.recording(), self.same_draws(micro):
             return self.net_call.arguments(step)
+
+    @contextmanager
+    def same_draws(self, micro: int) -> Iterator[None]:
+        """A step runs on the first and on the last stage's rank: what it draws at random must be the same on both."""
+        trainer = self.module.trainer
+        place = (trainer.global_step, trainer.fit_loop.batch_idx, micro, dist.get_rank(self.data_group))
+        seed = zlib.crc32(repr((self.seed, *place)).encode())
+        with isolate_rng():
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            yield
 
     def finish(self, step: Callable[[], Any], output: Any) -> Any:
         assert self.last_unit is not None

@@ -1,9 +1,11 @@
 """LightningModules as users write them, each with something that an engine may trip over; on 8 x 8 images."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -193,7 +195,7 @@ class Logs(MLP):
         self.accuracy = MulticlassAccuracy(10, average="micro")
         self.val_accuracy = MulticlassAccuracy(10, average="micro")
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         images, labels = batch
         logits = self.net(images.flatten(1))
         loss = nn.functional.cross_entropy(logits, labels)
@@ -276,6 +278,39 @@ class OfTwo(nn.Module):
 
     def forward(self, both: tuple[Tensor, Tensor]) -> Tensor:
         return self.layer(both[0])
+
+
+class Mixes(MLP):
+    """Draws at random before it calls its net, and again needs what it drew after that, as mixup does."""
+
+    plan = ParallelPlan(stem=("0",), blocks=("1",), head=("2",))
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(PassesShare(64, 32), PassesShare(32, 32), PassesShare(32, 10))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        share = torch.rand(len(labels), 1) + random.random() + np.random.rand()
+        logits, passed = self.net((images.flatten(1), share))
+        self.log("train/drawn_apart", (passed - share).abs().max(), batch_size=len(labels))
+        return nn.functional.cross_entropy(logits * share, labels)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits, _ = self.net((images.flatten(1), torch.ones(len(labels), 1)))
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log("val/loss", loss, batch_size=len(labels), sync_dist=True)
+
+
+class PassesShare(nn.Module):
+    def __init__(self, size: int, out_size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(size, out_size)
+
+    def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, share = both
+        return self.layer(x), share
 
 
 class LeavesOut(MLP):

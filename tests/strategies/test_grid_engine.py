@@ -123,6 +123,18 @@ def test_every_rank_logs_what_one_process_logs(strategy: str, world_size: int, t
             assert found == [pytest.approx(step, rel=1e-4) for step in expected]
 
 
+class DrawnApart(WhatIsLogged):
+    def metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        return {"train/drawn_apart": float(trainer.callback_metrics["train/drawn_apart"])}
+
+
+def test_first_and_last_stage_draw_the_same_at_random(tmp_path: Path) -> None:
+    train_case(own("Mixes", strategy="pipeline").overrides, tmp_path, DrawnApart)
+    for rank in range(2):
+        steps = json.loads((tmp_path / f"logged.{rank}.json").read_text())
+        assert [step["train/drawn_apart"] for step in steps] == [0.0] * 5
+
+
 class SeenBatches(pl.Callback):
     """Writes down on which device batches come."""
 
