@@ -7,13 +7,13 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-import torch.distributed as dist  # noqa: TID251  # what Concord's engines are measured against
+import torch.distributed as dist  # what Concord's engines are measured against
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: TID251
-from torch.distributed.fsdp import fully_shard  # noqa: TID251
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B  # noqa: TID251
-from torch.distributed.tensor import Replicate, Shard  # noqa: TID251
-from torch.distributed.tensor.parallel import (  # noqa: TID251
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,

@@ -177,7 +177,9 @@ def over_data(layout: Layout, workload: Workload, pipe_rank: int) -> Sent:
             if grid.shards == 1:
                 yield "all_reduce", "data", data, group.whole * reduce
                 continue
-            times = reductions if group is stage.root else gathers(grid, workload)
+            # The root, and what forward gathers last where backward follows at once, stay gathered until then.
+            stays = group is stage.root or (grid.pipe == 1 and group is stage.groups[-1])
+            times = reductions if stays else gathers(grid, workload)
             yield "all_gather", "data", grid.shards, times * group.padded * parameter
             yield "reduce_scatter", "data", grid.shards, reductions * group.padded * reduce
             if grid.replicas > 1:

@@ -211,6 +211,7 @@ class GridEngine(AveragesExactly):
             chain.blocks,
             self.mesh["replicate", "shard"] if hybrid else self.mesh["shard"],
             reshard_after_forward=self.spec.reshards,
+            keep_last=self.spec.pipe == 1,
             reduce_dtype=getattr(torch, self.run.precision.reduce),
             offload=self.spec.cpu_offload,
         )
@@ -222,7 +223,12 @@ class GridEngine(AveragesExactly):
         return PipelinedSteps(
             module,
             net,
-            Pipeline(stages, self.spec.num_stages, link),
+            Pipeline(
+                stages,
+                self.spec.num_stages,
+                link,
+                whole_backwards=self.spec.activation_checkpointing != "none",
+            ),
             self.spec,
             self.data_group,
             seed=self.run.seed,
@@ -292,8 +298,9 @@ class GridEngine(AveragesExactly):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
-        for parameter in self.module.parameters():
-            parameter.grad = None  # Lightning zeroes what the optimizer has
+        # Lightning zeroes what the optimizer has, and in a pipeline only when the next backward is over.
+        for parameter in [*self.module.parameters(), *self.shards.parts]:
+            parameter.grad = None
         return result
 
     def teardown(self) -> None:

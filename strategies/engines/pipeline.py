@@ -181,10 +181,15 @@ Coming = list[tuple[dist.Work, Tensor]]
 
 
 class Pipeline:
-    """The stages of one rank, and what is under way between them and their neighbours."""
+    """The stages of one rank, and what is under way between them and their neighbours.
 
-    def __init__(self, stages: Mapping[int, Stage], num_stages: int, link: Link) -> None:
+    whole_backwards: where a schedule takes a backward apart, do all of it in the half that others wait for. Taken
+    apart, a checkpointed block would run its forward again for the inputs, and once more for each of its weights.
+    """
+
+    def __init__(self, stages: Mapping[int, Stage], num_stages: int, link: Link, *, whole_backwards: bool) -> None:
         self.stages, self.num_stages, self.link = stages, num_stages, link
+        self.whole_backwards = whole_backwards
 
     def run(
         self,
@@ -246,6 +251,9 @@ class Pipeline:
     def i(self, stage: int, micro: int) -> None:
         if stage == 0:
             return  # it has nobody to hand a gradient to: all of its backward is left to `w`
+        if self.whole_backwards:
+            self.b(stage, micro)
+            return
         kept = self.kept.pop((stage, micro))
         roots = [output for output in kept.outputs if output.requires_grad]
         gradients = self.gradients_of(stage, micro, kept)
@@ -257,7 +265,7 @@ class Pipeline:
     def w(self, stage: int, micro: int) -> None:
         if stage == 0:
             self.b(stage, micro)
-        else:
+        elif not self.whole_backwards:
             stage_backward_weight(self.stages[stage].parameters(), self.weight_groups.pop((stage, micro)))
 
     def gradients_of(self, stage: int, micro: int, kept: Kept) -> list[Tensor]:

@@ -21,13 +21,15 @@ def shard(
     mesh: DeviceMesh,
     *,
     reshard_after_forward: bool,
+    keep_last: bool,
     reduce_dtype: torch.dtype,
     offload: bool,
 ) -> None:
     """Shard `root`: each block by itself, what comes before them together, and what comes after.
 
     `units` are its parts by name, in forward order. A parameter that stands in two places cannot be gathered with the
-    one or the other: it belongs to the root, and stays gathered from forward to backward.
+    one or the other: it belongs to the root, and stays gathered from forward to backward. keep_last: where backward
+    follows at once, what forward gathers last stays for it.
     """
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -42,13 +44,15 @@ def shard(
         for name, unit in units.items()
         if all(uses[parameter] == 1 for parameter in unit.parameters()) and list(unit.parameters())
     }
-    for name in blocks:
-        if name in alone:
-            fully_shard(alone[name], **options)
-    for group in (before(units, blocks), after(units, blocks)):
-        if together := [alone[name] for name in group if name in alone]:
-            fully_shard(together, **options)
-    fully_shard(root, **options | {"reshard_after_forward": False})
+    groups = [before(units, blocks), *([name] for name in blocks), after(units, blocks)]
+    held = [[alone[name] for name in group if name in alone] for group in groups]
+    *others, last = [group for group in held if group] or [[]]
+    for group in others:
+        fully_shard(group, **options)
+    kept = options | {"reshard_after_forward": False}
+    if last:
+        fully_shard(last, **kept if keep_last else options)
+    fully_shard(root, **kept)
 
 
 def before(units: Mapping[str, nn.Module], blocks: Sequence[str]) -> list[str]:

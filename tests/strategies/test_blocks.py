@@ -13,7 +13,7 @@ from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import ConfigError, validate
 from strategies.engines import blocks
-from strategies.engines.blocks import compile_blocks, DefaultDtype, rework
+from strategies.engines.blocks import DefaultDtype, compile_blocks, rework
 from tests.strategies.own_models import Block
 
 

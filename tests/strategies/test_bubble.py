@@ -7,11 +7,12 @@ few cores, and a step's time over the time of its work says how well the engine 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,18 +190,28 @@ def theory(setting: Setting, folder: Path) -> float:
 
 @pytest.fixture(scope="module")
 def ratios(tmp_path_factory: pytest.TempPathFactory) -> Ratios:
-    """All settings of a number of ranks by the same processes: to start them takes longer than most of the steps."""
+    """All settings of a schedule by the same processes: to start them takes longer than most of the steps."""
     found: dict[Setting, float] = {}
-    for ranks in (2, 4):
-        found |= measure([setting for setting in SETTINGS if setting.ranks == ranks], tmp_path_factory.mktemp("ranks"))
+    for _, same in groupby(SETTINGS, lambda setting: (setting.ranks, setting.schedule)):
+        found |= measure(list(same), tmp_path_factory.mktemp("ranks"))
     return found
+
+
+def skip_if_busy() -> None:
+    """Where processes queue for the cores, a step too long says nothing about the engine."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > 2 * cores:
+        pytest.skip(f"{load:.1f} processes on {cores} cores: time cannot be measured")
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_step_takes_as_long_as_its_schedule_says(setting: Setting, ratios: Ratios, tmp_path: Path) -> None:
     expected = pytest.approx(theory(setting, tmp_path / "theory"), rel=TOLERANCE)
-    if ratios[setting] != expected:  # the machine may have been too busy: look once more
-        assert measure([setting], tmp_path)[setting] == expected
+    if ratios[setting] != expected:
+        again = measure([setting], tmp_path)[setting]
+        if again != expected:
+            skip_if_busy()
+        assert again == expected
 
 
 def test_naive_split_takes_as_long_as_one_rank_would(tmp_path: Path) -> None:
@@ -209,4 +220,6 @@ def test_naive_split_takes_as_long_as_one_rank_would(tmp_path: Path) -> None:
 
 def test_interleaved_stages_take_less_time_than_1f1b_and_split_backwards_less_still(ratios: Ratios) -> None:
     plain, interleaved, split = (ratios[Setting(schedule=schedule, ranks=2, micro_batches=4)] for schedule in COMPARED)
+    if not split < interleaved < plain:
+        skip_if_busy()
     assert split < interleaved < plain
