@@ -115,19 +115,19 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnCase(Case):
-    """A case whose model is one of tests/strategies/own_models.py."""
+    """A case whose model is a test's own."""
 
-    own: str
+    own: str  # its class, from tests.strategies on
 
     @property
     def shared(self) -> list[str]:
         kept = [word for word in super().shared if not word.startswith(("model.net", "scheduler"))]
-        return [*kept, f"model._target_=tests.strategies.own_models.{self.own}"]
+        return [*kept, f"model._target_=tests.strategies.{self.own}"]
 
 
 def own(name: str, **case: Any) -> Case:
-    """A case of a model in tests/strategies/own_models.py."""
-    return OwnCase(model="vit", own=name, **case)
+    """A case of a model in tests/strategies/own_models.py, or of `another_file.Model`."""
+    return OwnCase(model="vit", own=name if "." in name else f"own_models.{name}", **case)
 
 
 VIT = [
