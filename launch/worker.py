@@ -102,7 +102,7 @@ def stats_of(model: LightningModule, job: Job) -> ModelStats | None:
     sample = BatchDataset(job.data.train_samples())[np.zeros(1, dtype=np.int64)]
     try:
         return measure(model, sample)
-    except RuntimeError as error:  # what torch raises for an operation that the meta device cannot do
+    except (RuntimeError, ValueError) as error:  # what meta cannot do; what one sample is too few for (BatchNorm)
         print(f"FLOPs and MFU are not measured: {str(error).splitlines()[0]}")
         return None
 
@@ -168,8 +168,8 @@ def train(
     model = build_model(config)
     peak_flops = None if config.evidence else peak_of_device(config)  # first, while all ranks are at the same point
     shadow = on_meta(model)
-    # Counted where it is of use: rank 0 logs it, stages are balanced by it. A run that is made to be compared is not.
-    counts = (rank == 0 and not config.evidence) or job.mesh.pipe != 1
+    # Counted where it is of use: rank 0 logs it (not of a run that is made to be compared), grids cut by it.
+    counts = (rank == 0 and not config.evidence) or not job.mesh.pipe == job.mesh.tensor == 1
     stats = stats_of(shadow, job) if counts else None
     size = record.Stats(
         parameters=sum(parameter.numel() for parameter in shadow.parameters()),

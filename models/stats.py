@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.chaining import watch_calls
 from models.plan import Chain, ParallelPlan
 
 
@@ -76,6 +77,7 @@ class ModelStats:
     chain: Chain
     units: dict[str, Unit]  # in forward order
     between: tuple[int, ...]  # positions of the net's parameters that lie in no unit
+    gap: str | None  # where the net's forward is not the chain of its units, in words; None where it is
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -115,7 +117,7 @@ def measure(module: LightningModule, sample: Any) -> ModelStats:
     is not counted, attention is counted in full, causal or not. Gradients of `module` are left as None.
     """
     plan = getattr(module, "plan", ParallelPlan())
-    net: nn.Module = getattr(module, plan.net, module)
+    net: nn.Module = module.get_submodule(plan.net) if has_net(module, plan) else module
     chain = plan.expand(name for name, _ in net.named_modules())
     units = {name: net.get_submodule(name) for name in chain.modules}
     positions = {parameter: position for position, parameter in enumerate(module.parameters())}
@@ -123,7 +125,12 @@ def measure(module: LightningModule, sample: Any) -> ModelStats:
     watched = units | {name: part for by_name in parts.values() for name, part in by_name.items()}
     # Written out, attention is plain products, which every torch counts alike; fused kernels are not all known to it.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with _without_trainer(), _counted_by_unit(units, counter) as forward_flops, _watched(watched) as passed:
+        with (
+            _without_trainer(),
+            _counted_by_unit(units, counter) as forward_flops,
+            _watched(watched) as passed,
+            watch_calls(net, units) as calls,
+        ):
             output: Any = module.training_step(move_data_to_device(sample, torch.device("meta")), 0)
         loss = output["loss"] if isinstance(output, Mapping) else output  # Lightning takes either
         with _Recomputed(counter) as recomputed:
@@ -154,7 +161,13 @@ def measure(module: LightningModule, sample: Any) -> ModelStats:
             for unit in chain.modules
         },
         between=_between(net, units, positions),
+        gap=calls.gap(list(units)),
     )
+
+
+def has_net(module: nn.Module, plan: ParallelPlan) -> bool:
+    """Whether the plan's net is there: a module without a plan may call its net otherwise."""
+    return plan.net in dict(module.named_modules())
 
 
 class _Recomputed(TorchDispatchMode):

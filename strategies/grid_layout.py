@@ -133,7 +133,7 @@ class Layout:
         """Units that take a part of the sequence, as engines/tensor.py decides it."""
         chain = self.stats.chain
         styles = {part.style for part in self.parts(chain.blocks) if part.parameters}
-        wanted = self.grid.tensor > 1 and self.grid.sequence_parallel
+        wanted = self.grid.tensor > 1 and self.grid.sequence_parallel and self.stats.gap is None
         if not wanted or "sequence" not in styles or {None, "whole"} & styles:
             return ()
         return (*chain.blocks, *takewhile(self.is_norm, chain.head))

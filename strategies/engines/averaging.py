@@ -1,9 +1,18 @@
-"""Averages over ranks that are right for integers too."""
+"""What ranks agree on besides gradients: averages that are right for integers too, and buffers."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+
+
+def share_buffers(buffers: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """The first rank's buffers go to all of `group`, as under DDP: statistics of a BatchNorm are one rank's."""
+    for buffer in buffers:
+        if buffer.is_floating_point():
+            dist.broadcast(buffer, group_src=0, group=group)
 
 
 class AveragesExactly(DDPStrategy):

@@ -71,24 +71,30 @@ def run_again_in_backward(block: nn.Module, forward: Callable[..., Any]) -> Call
             partial(forward, **kwargs),
             *args,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), DefaultDtype(dtype)),
+            context_fn=lambda: (nullcontext(), Again(block, dtype)),
         )
 
     return checkpointed
 
 
-class DefaultDtype:
-    """Lightning sets the default format for `training_step`, but not for backward, where forward runs again.
+class Again:
+    """Around a forward that runs again in backward: it computes as the first time, and leaves no trace.
 
-    More than once, where a schedule takes the gradients of inputs and of weights apart: it can be entered again.
+    Lightning sets the default format for `training_step`, but not for backward. Buffers, such as the statistics of a
+    BatchNorm, have had their change. It can be entered more than once.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        self.block, self.dtype = block, dtype
 
     def __enter__(self) -> None:
         self.outside = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
+        self.buffers = [(part, part._buffers.copy()) for part in self.block.modules() if part._buffers]
+        for part, buffers in self.buffers:
+            part._buffers.update({key: value if value is None else value.clone() for key, value in buffers.items()})
 
     def __exit__(self, *_: object) -> None:
         torch.set_default_dtype(self.outside)
+        for part, buffers in self.buffers:
+            part._buffers.update(buffers)

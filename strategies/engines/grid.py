@@ -21,7 +21,7 @@ from torchmetrics import Metric
 from models.plan import Chain, ParallelPlan
 from strategies.cutting import cut
 from strategies.engines import sharding, tensor
-from strategies.engines.averaging import AveragesExactly
+from strategies.engines.averaging import AveragesExactly, share_buffers
 from strategies.engines.blocks import blocks_of, rework
 from strategies.engines.materialize import Materializer
 from strategies.engines.pipeline import Link, Pipeline, Stage
@@ -152,6 +152,7 @@ class GridEngine(AveragesExactly):
         stage_of = {in_module + unit: stage for stage, units in enumerate(stages) for unit in units}
         mine = {stage: units for stage, units in enumerate(stages) if self.pipe_rank_of(stage) == self.pipe_rank}
         if self.spec.pipe > 1:
+            self.check_chain(net, chain)
             check_outside(module, in_module, stage_of, self.spec.name)
         found = find_ties(module, plan, stage_of)
         rework(blocks_of(module), compiled=self.run.compile, checkpointing=self.spec.activation_checkpointing)
@@ -185,6 +186,19 @@ class GridEngine(AveragesExactly):
         if self.spec.pipe > 1:
             self.steps = self.pipelined(module, net, cast(dict[int, Stage], roots), device)
 
+    def check_chain(self, net: nn.Module, chain: Chain) -> None:
+        """ValueError where stages, which run the plan's chain, would compute something else than the net."""
+        gap = self.run.stats.gap if self.run.stats else None
+        places = [net.get_submodule(fqn) for fqn in chain.modules]
+        listed = {fqn for fqn, part in net.named_modules(remove_duplicate=False) if part in places}
+        if gap is None and listed != set(chain.modules):
+            gap = f"{sorted(listed - set(chain.modules))[0]} is a module that stands in the plan already"
+        if gap is not None:
+            raise ValueError(
+                f"strategy={self.spec.name}: the model's plan is not its net's forward: {gap}; make plan.stem, "
+                f"blocks and head the whole chain (a ReLU between them can be a module of it), or choose strategy=fsdp."
+            )
+
     def cut(self, net: nn.Module, chain: Chain) -> list[list[str]]:
         """The units of each stage."""
         stats = self.run.stats
@@ -197,6 +211,8 @@ class GridEngine(AveragesExactly):
         """Units whose activations are split along the sequence; none without tensor ranks, or a plan that allows it."""
         if self.spec.tensor == 1 or not self.spec.sequence_parallel or not tensor.covers_blocks(net, plan, chain):
             return ()
+        if self.run.stats and self.run.stats.gap:
+            return ()  # what the net does between its units might want the whole sequence
         return tensor.sequence_units(plan, chain)
 
     def split(self, unit: nn.Module, fqn: str, plan: ParallelPlan, *, sequence: bool) -> None:
@@ -254,18 +270,25 @@ class GridEngine(AveragesExactly):
             for part in sharding.sharded_parts(self.module):
                 part.set_requires_all_reduce(wanted, recurse=False)
 
+    def share_buffers(self) -> None:
+        if self.spec.mesh.data_ranks > 1:
+            share_buffers(self.module.buffers(), self.data_group)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.steps is None:
+            self.share_buffers()
             return super().training_step(*args, **kwargs)
         return self.steps.train(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.steps is None:
+            self.share_buffers()
             return super().validation_step(*args, **kwargs)
         return self.steps.evaluate(self.module.validation_step, *args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.steps is None:
+            self.share_buffers()
             return super().test_step(*args, **kwargs)
         return self.steps.evaluate(self.module.test_step, *args, **kwargs)
 

@@ -323,6 +323,36 @@ class LeavesOut(MLP):
             self.net = nn.Sequential(nn.Linear(64, 32), Block(32), nn.Tanh(), Block(32), nn.Linear(32, 10))
 
 
+class DoesMore(MLP):
+    """Its net does more than its plan says."""
+
+    plan = ParallelPlan(stem=("first",), blocks=("second",), head=("third",))
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = ReluBetween()  # type: ignore[assignment]
+
+
+class ReluBetween(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(64, 32), Block(32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)).relu())
+
+
+class RunsABlockAgain(MLP):
+    """One block stands in four places."""
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            block = Block(32)
+            self.net = nn.Sequential(nn.Linear(64, 32), block, block, block, block, nn.Linear(32, 10))
+
+    plan = ParallelPlan(stem=("0",), blocks=("1",), head=("5",))
+
+
 class NoLoss(MLP):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         loss = self.loss(batch)

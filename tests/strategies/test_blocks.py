@@ -13,7 +13,7 @@ from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import ConfigError, validate
 from strategies.engines import blocks
-from strategies.engines.blocks import DefaultDtype, compile_blocks, rework
+from strategies.engines.blocks import Again, compile_blocks, rework
 from tests.strategies.own_models import Block
 
 
@@ -76,7 +76,7 @@ def test_forward_runs_twice_where_a_block_is_checkpointed(mode: str, runs: list[
 
 AROUND: dict[str, Callable[[], Any]] = {
     "nothing": nullcontext,
-    "float64": partial(DefaultDtype, torch.float64),
+    "float64": partial(Again, nn.Identity(), torch.float64),
     "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
 }
 
@@ -94,6 +94,19 @@ def test_gradients_are_the_same_bits(around: str) -> None:
         loss.backward()
         gradients.append([parameter.grad for parameter in net.parameters()])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+def test_statistics_are_taken_once() -> None:
+    found = []
+    for mode in ("none", "full"):
+        net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+        nn.init.eye_(net[0][0].weight)  # type: ignore[index]
+        nn.init.zeros_(net[0][0].bias)  # type: ignore[index]
+        rework(list(net), compiled=False, checkpointing=mode)
+        net(torch.arange(32.0).view(4, 8)).square().sum().backward()
+        found.append(list(net.buffers()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    assert found[0][2] == 1
 
 
 def test_evaluation_just_runs_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,16 +63,26 @@ def test_3d_normalizes_batches_as_one_process_that_takes_its_micro_batches(tmp_p
     assert set(wrong) <= {"validation loss"}
 
 
+def test_ranks_validate_with_the_same_statistics(tmp_path: Path) -> None:
+    ours, theirs = (
+        train_case(own("ResNet", strategy=strategy, optimizer="sgd").overrides, tmp_path / strategy)
+        for strategy in ("fsdp", "ddp")
+    )
+    assert ours.val_losses == pytest.approx(theirs.val_losses, rel=1e-6)
+
+
 def test_tuple_passes_between_stages(tmp_path: Path) -> None:
     assert disagreements(own("PassesTuple", strategy="pipeline", world_size=4), tmp_path) == []
 
 
 REFUSED = [
-    ("pipeline", "CallsTwice", [], "calls its net outside of a step, or a second time within one"),
+    ("pipeline", "CallsTwice", [], "not its net's forward: a step calls the net 2 times"),
     ("pipeline", "PassesDict", [], "module 2 gives dict, but only a tensor or a tuple of tensors"),
     ("pipeline", "NoLoss", [], "NoLoss.training_step returns NoneType instead of a loss"),
     ("pipeline", "HasScalar", [], "parameter temperature lies outside of the chain"),
-    ("pipeline", "LeavesOut", [], "module net.2 (Tanh) lies outside of the chain"),
+    ("pipeline", "LeavesOut", [], "not its net's forward: 3 is not called with just what 1 gives"),
+    ("pipeline", "DoesMore", [], "not its net's forward: third is not called with just what second gives"),
+    ("pipeline", "RunsABlockAgain", [], "not its net's forward: where the plan has 5, the net's forward calls 1"),
     ("fsdp", "StepsTwiceBackward", ["trainer.clip_norm=null"], "StepsTwiceBackward optimizes manually"),
     ("fsdp", "StepsMatrices", [], "not known to be right for Muon"),
     ("tensor", "MLP", ["strategy.mesh.tensor=3", "launcher.devices=3"], "does not divide the 32 rows of 1.up.weight"),
