@@ -26,6 +26,9 @@ Sent = Iterator[tuple[Collective, Axis, int, int]]  # with ranks and payload
 Exchanges = Iterator[tuple[Collective, int]]  # over the tensor axis, with the payload per sample
 
 
+HEADER_BYTES = 512  # go ahead of each activation and tell its shape: engines/pipeline.py, HEADER_WORDS
+
+
 def memory(grid: Grid, stats: ModelStats, workload: Workload) -> Memory:
     """Of the pipe rank that holds most."""
     layout = Layout(grid, stats)
@@ -206,7 +209,8 @@ def over_pipe(layout: Layout, workload: Workload, pipe_rank: int) -> Sent:
             continue
         passed = layout.stats.units[stage.units[-1]].gives
         back = samples * passed.elements * width(passed, workload) // layout.parts_between(stage)
-        on = back + samples * passed.other_bytes
+        headers = workload.accumulation * min(layout.grid.micro_batches, workload.micro_batch_size) * HEADER_BYTES
+        on = back + samples * passed.other_bytes + headers
         yield "send", "pipe", ranks, on if here == pipe_rank else back
         yield "recv", "pipe", ranks, back if here == pipe_rank else on
     for tie in layout.ties(pipe_rank):

@@ -26,7 +26,7 @@ from strategies.engines.blocks import blocks_of, rework
 from strategies.engines.materialize import Materializer
 from strategies.engines.pipeline import Link, Pipeline, Stage
 from strategies.engines.precision import name, precision_plugin
-from strategies.engines.shards import Shards, average
+from strategies.engines.shards import Shards, average, explain_empty
 from strategies.engines.steps import PipelinedSteps
 from strategies.engines.ties import Ties, find_ties
 from strategies.schedules import rank_of
@@ -140,6 +140,20 @@ class GridEngine(AveragesExactly):
                 f"strategy={spec.name} runs backward stage by stage and would ignore {kind}.backward; leave it out, or "
                 f"choose strategy=fsdp."
             )
+        if spec.pipe > 1 and is_overridden("optimizer_zero_grad", module, pl.LightningModule):
+            # Lightning calls it between the training step, which here runs backward too, and the optimizer.
+            raise ValueError(
+                f"strategy={spec.name} lets go of gradients by itself, and {kind}.optimizer_zero_grad would clear "
+                f"those of the step under way; leave it out, or choose strategy=fsdp."
+            )
+        ranks_differ = spec.pipe > 1 or spec.tensor > 1 or spec.shards > 1
+        if ranks_differ and is_overridden("configure_gradient_clipping", module, pl.LightningModule):
+            raise ValueError(
+                f"strategy={spec.name} clips by the norm over all ranks, and {kind}.configure_gradient_clipping by "
+                f"that of what one rank holds; leave it out (trainer.clip_norm clips by the global norm), or choose "
+                f"strategy=ddp."
+            )
+        explain_empty(module, spec.name)
 
     def spread(self, module: pl.LightningModule, device: torch.device) -> None:
         """Keep of the net what this rank owns, give it its first values, and split and shard it, a unit at a time."""
@@ -154,7 +168,7 @@ class GridEngine(AveragesExactly):
         if self.spec.pipe > 1:
             self.check_chain(net, chain)
             check_outside(module, in_module, stage_of, self.spec.name)
-        found = find_ties(module, plan, stage_of)
+        found = find_ties(module, plan, stage_of, self.pipe_rank_of, tensor_ranks=self.spec.tensor)
         rework(blocks_of(module), compiled=self.run.compile, checkpointing=self.spec.activation_checkpointing)
         maker = Materializer(module, device, self.run.seed)
         inside = self.sequence_units(net, plan, chain)
@@ -275,24 +289,25 @@ class GridEngine(AveragesExactly):
             share_buffers(self.module.buffers(), self.data_group)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.share_buffers()
         if self.steps is None:
-            self.share_buffers()
             return super().training_step(*args, **kwargs)
         return self.steps.train(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.share_buffers()
         if self.steps is None:
-            self.share_buffers()
             return super().validation_step(*args, **kwargs)
         return self.steps.evaluate(self.module.validation_step, *args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.share_buffers()
         if self.steps is None:
-            self.share_buffers()
             return super().test_step(*args, **kwargs)
         return self.steps.evaluate(self.module.test_step, *args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.share_buffers()
         if self.steps is None:
             return super().predict_step(*args, **kwargs)
         return self.steps.evaluate(self.module.predict_step, *args, **kwargs)
@@ -311,12 +326,15 @@ class GridEngine(AveragesExactly):
         """All that is left to communicate before the gradients of a step are those of the whole global batch."""
         if self.steps is not None:
             self.steps.reduce_gradients()
-        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         tensor.sum_partial_gradients(parameters)
         if self.spec.mesh.data_ranks > 1:
             loose = [parameter for parameter in parameters if not is_sharded(parameter)]
             average(loose, self.data_group, getattr(torch, self.run.precision.reduce))
         self.ties.sum_gradients()
+        if self.spec.tensor > 1 and self.shards.is_first_step:
+            named = self.module.named_parameters()
+            tensor.check_alike(named, self.mesh["tensor"], self.run.precision.compute, self.spec.name)
         self.shards.take_gradients()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:

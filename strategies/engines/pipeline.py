@@ -76,34 +76,10 @@ class Stage(nn.Module):
         return tuple(map(whole, x)) if isinstance(x, tuple) else whole(x)
 
 
-class Passed(NamedTuple):
-    """What one stage hands to the next for one micro-batch."""
-
-    tensors: Tensors
-    is_tuple: bool  # or else the one tensor itself
-
-    @property
-    def value(self) -> Any:
-        return self.tensors if self.is_tuple else self.tensors[0]
-
-    @classmethod
-    def of(cls, output: Any, names: Sequence[str]) -> Passed:
-        """ValueError naming the module if the output of a stage, whose units are `names`, cannot be sent."""
-        tensors = output if isinstance(output, tuple) else (output,)
-        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
-            raise ValueError(
-                f"strategy.mesh.pipe: module {names[-1]} gives {type(output).__name__}, but only a tensor or a tuple "
-                f"of tensors can go from one pipeline stage to the next; change what it returns, or choose "
-                f"strategy=fsdp."
-            )
-        return cls(tensors, isinstance(output, tuple))
-
-
-Shapes = list[tuple[torch.Size, torch.dtype]]
-
-# What goes ahead of tensors of unknown shapes: whether they are a tuple, their number, and format, number of dims and
-# dims of each.
+# What goes ahead of tensors that another rank sends: rows of the micro-batch, whether they are a tuple, their number,
+# and format, number of dims and dims of each. Nothing else tells their shapes: a step may trim or crop as it likes.
 HEADER_WORDS = 64
+HEADER_TAG = 1 << 16  # apart from the tensors' own, where a header goes through the same group
 FORMATS = (
     torch.float32,
     torch.float64,
@@ -111,63 +87,172 @@ FORMATS = (
     torch.float16,
     torch.int64,
     torch.int32,
+    torch.int16,
+    torch.int8,
     torch.uint8,
     torch.bool,
+    torch.complex64,
+    torch.complex128,
 )
 
 
-class Link:
-    """Sends to and receives from the ranks of neighbouring stages. Shapes are told once, the first time."""
+class Passed(NamedTuple):
+    """What one stage hands to the next for one micro-batch."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, rank_of_stage: Callable[[int], int]) -> None:
-        self.group, self.device, self.rank_of_stage = group, device, rank_of_stage
-        self.told: dict[object, list[int]] = {}
-        self.sending: list[tuple[dist.Work, Tensor]] = []
+    tensors: Tensors
+    is_tuple: bool  # or else the one tensor itself
+    rows: int  # of what the net was called with
 
-    def peer(self, stage: int) -> int:
-        return dist.get_global_rank(self.group, self.rank_of_stage(stage))
-
-    def send(self, tensors: Sequence[Tensor], to: int) -> None:
+    @classmethod
+    def of(cls, output: Any, rows: int, names: Sequence[str]) -> Passed:
+        """ValueError naming the module if the output of a stage, whose units are `names`, cannot be sent."""
+        tensors = output if isinstance(output, tuple) else (output,)
+        gives = f"strategy.mesh.pipe: module {names[-1]} gives"
+        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise ValueError(
+                f"{gives} {type(output).__name__}, but only a tensor or a tuple of tensors can go from one pipeline "
+                f"stage to the next; change what it returns, or choose strategy=fsdp."
+            )
         for tensor in tensors:
-            sent = tensor.detach().contiguous()
-            work = dist.isend(sent, self.peer(to), group=self.group)
-            self.sending.append((cast(dist.Work, work), sent))  # it must live until it is sent
+            if tensor.dtype not in FORMATS:
+                raise ValueError(
+                    f"{gives} {tensor.dtype}, which cannot go from one pipeline stage to the next; convert it there, "
+                    f"or choose strategy=fsdp."
+                )
+        passed = cls(tensors, isinstance(output, tuple), rows)
+        if len(passed.header) > HEADER_WORDS:
+            raise ValueError(
+                f"{gives} {len(tensors)} tensors of {sum(tensor.dim() for tensor in tensors)} dims together, more than "
+                f"can go from one pipeline stage to the next; stack some, or choose strategy=fsdp."
+            )
+        return passed
 
-    def receive(self, shapes: Shapes, source: int) -> list[tuple[dist.Work, Tensor]]:
-        coming = []
-        for shape, dtype in shapes:
-            buffer = torch.empty(shape, dtype=dtype, device=self.device)
-            coming.append((cast(dist.Work, dist.irecv(buffer, self.peer(source), group=self.group)), buffer))
-        return coming
-
-    def tell(self, key: object, passed: Passed, to: int) -> None:
-        """Let a stage know what shapes come under `key`, unless it knows."""
-        if key in self.told:
-            return
-        words = [int(passed.is_tuple), len(passed.tensors)]
-        for tensor in passed.tensors:
+    @property
+    def header(self) -> list[int]:
+        words = [self.rows, int(self.is_tuple), len(self.tensors)]
+        for tensor in self.tensors:
             words += [FORMATS.index(tensor.dtype), tensor.dim(), *tensor.shape]
-        self.told[key] = words
-        self.send([torch.tensor(words + [0] * (HEADER_WORDS - len(words)), device=self.device)], to)
+        return words
 
-    def hear(self, key: object, source: int) -> tuple[bool, Shapes]:
-        """Whether a tuple comes under `key`, and of what shapes."""
-        if key not in self.told:
-            (header,) = self.receive([(torch.Size([HEADER_WORDS]), torch.int64)], source)
-            header[0].wait()
-            self.told[key] = header[1].tolist()
-        is_tuple, count, *rest = self.told[key]
+
+Shapes = list[tuple[torch.Size, torch.dtype]]
+Coming = list[tuple[dist.Work | None, Tensor]]  # no work where there is nothing to wait for
+
+
+class Arrival:
+    """A `Passed` of another rank: its header is under way, and its tensors are received once that is read."""
+
+    def __init__(self, work: dist.Work, header: Tensor) -> None:
+        self.work, self.header = work, header
+        self.coming: Coming | None = None
+
+    def read(self) -> Shapes:
+        self.work.wait()
+        self.rows, is_tuple, count, *rest = self.header.tolist()
+        self.is_tuple = bool(is_tuple)
         words = iter(rest)
         shapes = []
         for _ in range(count):
             dtype, dims = FORMATS[next(words)], next(words)
             shapes.append((torch.Size(next(words) for _ in range(dims)), dtype))
-        return bool(is_tuple), shapes
+        return shapes
+
+
+class Link:
+    """Sends to and receives from the ranks of neighbouring stages.
+
+    Headers are read by the CPU and go through gloo: through NCCL, each would make the CPU wait for the GPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, rank_of_stage: Callable[[int], int]) -> None:
+        self.group, self.device, self.rank_of_stage = group, device, rank_of_stage
+        self.in_one_queue = dist.get_backend(group) == "nccl"  # what two ranks send each other, either way
+        self.header_group = group
+        if self.in_one_queue:
+            ranks = dist.get_process_group_ranks(group)
+            self.header_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self.headers: Coming = []  # being sent
+        self.sending: dict[object, Coming] = {}
+        self.unread: dict[int, list[Arrival]] = {}  # by rank, in the order of their sends
+
+    def peer(self, stage: int) -> int:
+        return dist.get_global_rank(self.group, self.rank_of_stage(stage))
+
+    def send(self, name: object, tensors: Sequence[Tensor], to: int, header: Sequence[int] = ()) -> None:
+        """Start to send; `arrived(name)` lets go of what is sent, if it is over no earlier."""
+        for over in [key for key, parts in self.sending.items() if all(map(is_over, parts))]:
+            del self.sending[over]
+        if self.in_one_queue:
+            self.read_all(self.peer(to))
+        sent = self.sending.setdefault(name, [])  # it must live until it is sent
+        if header:
+            words = torch.tensor([*header, *[0] * (HEADER_WORDS - len(header))])
+            self.headers.append((dist.isend(words, self.peer(to), group=self.header_group, tag=HEADER_TAG), words))
+        for tensor in tensors:
+            whole_tensor = tensor.detach().contiguous()
+            if tensor.numel():
+                sent.append((dist.isend(in_bytes(whole_tensor), self.peer(to), group=self.group), whole_tensor))
+
+    def arrived(self, name: object) -> None:
+        """An answer to what was sent under this name is there."""
+        wait(self.sending.pop(name, []))
+
+    def expect(self, source: int) -> Arrival:
+        header = torch.empty(HEADER_WORDS, dtype=torch.int64)
+        work = dist.irecv(header, self.peer(source), group=self.header_group, tag=HEADER_TAG)
+        arrival = Arrival(cast(dist.Work, work), header)
+        self.unread.setdefault(self.peer(source), []).append(arrival)
+        return arrival
+
+    def take(self, arrival: Arrival, source: int) -> Passed:
+        """What has been expected, once it is there."""
+        self.read_all(self.peer(source))
+        assert arrival.coming is not None
+        return Passed(landed(arrival.coming), arrival.is_tuple, arrival.rows)
+
+    def read_all(self, rank: int) -> None:
+        """Receive what the headers under way from a rank announce: tensors come in the order of their sends."""
+        for arrival in self.unread.pop(rank, []):
+            arrival.coming = self.start(arrival.read(), rank)
+
+    def receive(self, shapes: Shapes, source: int) -> Coming:
+        self.read_all(self.peer(source))
+        return self.start(shapes, self.peer(source))
+
+    def start(self, shapes: Shapes, rank: int) -> Coming:
+        coming: Coming = []
+        for shape, dtype in shapes:
+            buffer = torch.empty(shape, dtype=dtype, device=self.device)
+            work = dist.irecv(in_bytes(buffer), rank, group=self.group) if buffer.numel() else None
+            coming.append((work, buffer))
+        return coming
 
     def finish(self) -> None:
-        for work, _ in self.sending:
-            work.wait()
+        for parts in (self.headers, *self.sending.values()):
+            wait(parts)
+        self.headers.clear()
         self.sending.clear()
+
+
+def in_bytes(tensor: Tensor) -> Tensor:
+    """Backends know some formats only, and need to know none."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def is_over(part: tuple[dist.Work | None, Tensor]) -> bool:
+    """Gloo's works are, only once they have been waited for."""
+    return part[0] is None or part[0].is_completed()
+
+
+def wait(parts: Coming) -> None:
+    for work, _ in parts:
+        if work is not None:
+            work.wait()
+
+
+def landed(parts: Coming) -> Tensors:
+    wait(parts)
+    return tuple(tensor for _, tensor in parts)
 
 
 class Kept(NamedTuple):
@@ -175,9 +260,6 @@ class Kept(NamedTuple):
 
     inputs: Tensors
     outputs: Tensors
-
-
-Coming = list[tuple[dist.Work, Tensor]]
 
 
 class Pipeline:
@@ -195,52 +277,60 @@ class Pipeline:
         self,
         steps: Sequence[Step],
         *,
-        key: object,
-        first: Callable[[int], tuple[Any, ...]],
-        last: Callable[[int, Any], Tensor | None],
+        first: Callable[[int], tuple[tuple[Any, ...], int]],
+        last: Callable[[int, Any, int], Tensor | None],
         context: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Carry out one rank's steps, transfers among them (see `schedules.with_transfers`).
 
-        first: the net's arguments for a micro-batch, asked for on the rank that has the first stage. last: takes what
-        the last stage gives, and returns the loss that goes backward, or None where there are no backwards. context:
-        entered around each forward. key: equal for runs in which what passes between stages has the same shapes.
+        first: the net's arguments for a micro-batch and their rows, asked for on the rank that has the first stage.
+        last: takes what the last stage gives, and these rows, and returns the loss that goes backward, or None where
+        there are no backwards. context: entered around each forward.
         """
-        self.key, self.first, self.last, self.context = key, first, last, context
+        self.first, self.last, self.context = first, last, context
         self.outputs: dict[tuple[int, int], Passed] = {}
-        self.inputs: dict[tuple[int, int], tuple[bool, Coming | Tensors]] = {}
+        self.inputs: dict[tuple[int, int], Arrival | Passed] = {}
         self.kept: dict[tuple[int, int], Kept] = {}
-        self.gradients: dict[tuple[int, int], Coming | Tensors] = {}  # of a stage's outputs
+        self.gradients: dict[tuple[int, int], Coming] = {}  # of a stage's outputs
         self.input_gradients: dict[tuple[int, int], Tensors] = {}
         self.weight_groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for step in steps:
             getattr(self, step.kind.lower())(step.stage, step.micro)
         self.link.finish()
+        for store in (self.outputs, self.inputs, self.kept, self.gradients, self.input_gradients, self.weight_groups):
+            store.clear()
+        del self.first, self.last, self.context  # they hold the batch
 
     def f(self, stage: int, micro: int) -> None:
         module = self.stages[stage]
         with self.context():
             if module.is_first:
                 taken: Tensors = ()
-                output = module(*self.first(micro))
+                arguments, rows = self.first(micro)
+                output = module(*arguments)
             else:
-                is_tuple, coming = self.inputs.pop((stage, micro))
-                taken = tuple(map(leaf, landed(coming)))
-                output = module(taken if is_tuple else taken[0])
+                tensors, is_tuple, rows = self.input_of(stage, micro)
+                taken = tuple(map(leaf, tensors))
+                handed = tuple(map(handed_on, taken))
+                output = module(handed if is_tuple else handed[0])
             if module.is_last:
-                loss = self.last(micro, output)
+                loss = self.last(micro, output, rows)
                 outputs: Tensors = () if loss is None else (loss,)
             else:
-                passed = Passed.of(output, module.names)
+                passed = Passed.of(output, rows, module.names)
                 outputs = passed.tensors
         if torch.is_grad_enabled():
             self.kept[stage, micro] = Kept(taken, outputs)
         if module.is_last:
             return
         if stage + 1 in self.stages:
-            self.inputs[stage + 1, micro] = passed.is_tuple, passed.tensors
+            self.inputs[stage + 1, micro] = passed
         else:
             self.outputs[stage, micro] = passed
+
+    def input_of(self, stage: int, micro: int) -> Passed:
+        taken = self.inputs.pop((stage, micro))
+        return self.link.take(taken, stage - 1) if isinstance(taken, Arrival) else taken
 
     def b(self, stage: int, micro: int) -> None:
         kept = self.kept.pop((stage, micro))
@@ -272,8 +362,9 @@ class Pipeline:
         """Gradients of those outputs of a stage that take one."""
         if self.stages[stage].is_last:
             return [torch.ones_like(loss) for loss in kept.outputs if loss.requires_grad]
-        floating = [output for output in kept.outputs if output.is_floating_point()]
+        floating = [output for output in kept.outputs if takes_gradient(output)]
         gradients = landed(self.gradients.pop((stage, micro)))
+        self.link.arrived(("F", stage, micro))
         return [gradient for output, gradient in zip(floating, gradients, strict=True) if output.requires_grad]
 
     def give_back(self, stage: int, micro: int, gradients: Sequence[Tensor | None], kept: Kept) -> None:
@@ -281,39 +372,50 @@ class Pipeline:
         back = tuple(
             torch.zeros_like(tensor) if gradient is None else gradient
             for tensor, gradient in zip(kept.inputs, gradients, strict=True)
-            if tensor.is_floating_point()
+            if takes_gradient(tensor)
         )
         if stage - 1 in self.stages:
-            self.gradients[stage - 1, micro] = back
+            self.gradients[stage - 1, micro] = [(None, gradient) for gradient in back]
         elif stage > 0:
             self.input_gradients[stage, micro] = back
 
     def send_f(self, stage: int, micro: int) -> None:
         passed = self.outputs.pop((stage, micro))
-        self.link.tell((self.key, stage, micro), passed, stage + 1)
-        self.link.send(passed.tensors, stage + 1)
+        self.link.send(("F", stage, micro), passed.tensors, stage + 1, header=passed.header)
 
     def recv_f(self, stage: int, micro: int) -> None:
-        is_tuple, shapes = self.link.hear((self.key, stage - 1, micro), stage - 1)
-        self.inputs[stage, micro] = is_tuple, self.link.receive(shapes, stage - 1)
+        self.inputs[stage, micro] = self.link.expect(stage - 1)
 
     def send_b(self, stage: int, micro: int) -> None:
-        self.link.send(self.input_gradients.pop((stage, micro)), stage - 1)
+        self.link.send(("B", stage, micro), self.input_gradients.pop((stage, micro)), stage - 1)
 
     def recv_b(self, stage: int, micro: int) -> None:
         outputs = self.kept[stage, micro].outputs
-        shapes = [(output.shape, output.dtype) for output in outputs if output.is_floating_point()]
+        shapes = [(output.shape, output.dtype) for output in outputs if takes_gradient(output)]
         self.gradients[stage, micro] = self.link.receive(shapes, stage + 1)
 
 
-def landed(coming: Sequence[Any]) -> Tensors:
-    """Tensors once they are there; those of a stage on the same rank are."""
-    for part in coming:
-        if not isinstance(part, Tensor):
-            part[0].wait()
-    return tuple(part if isinstance(part, Tensor) else part[1] for part in coming)
+def takes_gradient(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def leaf(tensor: Tensor) -> Tensor:
     """What a stage took, as the start of a graph of its own."""
-    return tensor.detach().requires_grad_(tensor.is_floating_point() and torch.is_grad_enabled())
+    return tensor.detach().requires_grad_(takes_gradient(tensor) and torch.is_grad_enabled())
+
+
+def handed_on(tensor: Tensor) -> Tensor:
+    """A leaf that wants a gradient, for a module that may change it in place: autograd lets none do so to the leaf."""
+    return HandedOn.apply(tensor) if tensor.requires_grad else tensor
+
+
+class HandedOn(torch.autograd.Function):
+    """The same memory under another name, which is no view: autograd forbids changes of a leaf's views, too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient

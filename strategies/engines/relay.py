@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
 
@@ -28,6 +30,7 @@ class NetCall:
     def __init__(self, net: nn.Module, owner: str) -> None:
         self.owner = owner
         self.answer: Callable[..., Any] = self.refuse
+        self.ends: set[Any] | None = None  # where the net's last output hangs in autograd's graph, if that can be seen
         net.forward = self.call
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,10 +50,16 @@ class NetCall:
         finally:
             self.answer = self.refuse
 
-    def arguments(self, step: Callable[[], Any]) -> tuple[Any, ...]:
-        """What `step` calls its net with; it is left there."""
+    def arguments(self, step: Callable[[], Any], first_unit: nn.Module) -> tuple[Any, ...]:
+        """What `step` calls its net with; it is left there. Keyword arguments are for the last unit alone."""
 
-        def carry_out(*args: Any, **_: Any) -> Any:
+        def carry_out(*args: Any, **kwargs: Any) -> Any:
+            if kwargs and not takes(first_unit, args, kwargs):
+                raise ValueError(
+                    f"strategy.mesh.pipe: {self.owner} calls its net with {', '.join(kwargs)} by keyword, which under "
+                    f"a pipeline goes to the net's last unit alone; pass what {type(first_unit).__name__}, its first "
+                    f"unit, takes by position, or choose strategy=fsdp."
+                )
             raise Called(args)
 
         try:
@@ -63,17 +72,52 @@ class NetCall:
     def finish(self, step: Callable[[], Any], last_unit: nn.Module, output: Any) -> Any:
         """What `step` returns if its net's last unit is given `output` (and the call's keyword arguments)."""
         calls = 0
+        self.ends = None
 
         def answer(*_: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            return last_unit(output, **kwargs) if calls == 1 else self.refuse()
+            if calls > 1:
+                self.refuse()
+            given = last_unit(output, **kwargs)
+            leaves = [leaf for leaf in tree_leaves(given) if leaf is not None]
+            if all(isinstance(leaf, Tensor) for leaf in leaves):
+                self.ends = {leaf.grad_fn for leaf in leaves}
+            return given
 
         with self.answering(answer):
             result = step()
         if calls == 0:
             raise ValueError(f"strategy.mesh.pipe: a step of {self.owner} does not call its net; choose strategy=fsdp.")
         return result
+
+    def check_loss(self, loss: Tensor) -> None:
+        """ValueError if the loss that `finish` gave reaches parameters past the net's output: here are only some."""
+        if self.ends is None:
+            return
+        todo, seen = [loss.grad_fn], set(self.ends)
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if isinstance(getattr(node, "variable", None), nn.Parameter):  # only autograd's leaves have it
+                raise ValueError(
+                    f"strategy.mesh.pipe: the loss of {self.owner}.training_step depends on parameters otherwise than "
+                    f"through the net's output, as a penalty on weights does; under a pipeline it would cover the last "
+                    f"stage's alone. Use the optimizer's weight_decay, or choose strategy=fsdp."
+                )
+            todo += [following for following, _ in node.next_functions]
+
+
+def takes(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `args` are enough for `unit`, and none of `kwargs` is meant for it."""
+    signature = inspect.signature(unit.forward)
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return not kwargs.keys() & signature.parameters.keys()
 
 
 @dataclass
@@ -95,16 +139,30 @@ class Entry:
 class LogRelay:
     """Lets every pipe rank log what the last stage's rank has logged: one small tensor per step.
 
-    The names go along, as an object, only when they are new.
+    The names go along, as an object, only when they are new. A metric object, logged or not, is updated by the source
+    alone: outside of a step, what it computes there is what it computes on every rank.
+
+    in_stages: modules that other ranks do not have.
     """
 
-    def __init__(self, module: pl.LightningModule, group: dist.ProcessGroup, source: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        group: dist.ProcessGroup,
+        source: int,
+        device: torch.device,
+        in_stages: Iterable[nn.Module],
+    ) -> None:
         self.module, self.group, self.source, self.device = module, group, source, device
         self.is_source = dist.get_rank() == source
         self.kinds: list[list[tuple[Any, ...]]] = []
-        self.words = 16
         self.log = module.log
-        self.shared: set[str] = set()
+        elsewhere = set(in_stages)
+        self.metrics = [part for part in module.modules() if isinstance(part, Metric) and part not in elsewhere]
+        self.words = 16 + len(self.metrics)
+        self.is_local = False  # in a step, and within another metric's compute: only the source is there
+        for metric in self.metrics:
+            self.share(metric)
 
     @contextmanager
     def recording(self) -> Iterator[list[Entry]]:
@@ -113,6 +171,7 @@ class LogRelay:
 
         def record(name: str, value: Any, *args: Any, batch_size: int | None = None, **options: Any) -> None:
             options |= dict(zip(POSITIONAL, args, strict=False))
+            batch_size = options.pop("batch_size", batch_size)
             metric = None
             if isinstance(value, Metric):
                 metric = next(fqn for fqn, part in self.module.named_modules() if part is value)
@@ -122,29 +181,41 @@ class LogRelay:
 
         self.module.log = record  # type: ignore[method-assign]
         try:
-            yield entries
+            with self.locally():
+                yield entries
         finally:
             self.module.log = self.log  # type: ignore[method-assign]
+
+    @contextmanager
+    def locally(self) -> Iterator[None]:
+        before, self.is_local = self.is_local, True
+        try:
+            yield
+        finally:
+            self.is_local = before
 
     def replay(self, entries: Sequence[Entry], *, loss: float = 0.0) -> float:
         """Log the source's entries on every rank of the group, and return the source's `loss`."""
         kinds = [entry.kind for entry in entries]
-        values = [loss, *(entry.value for entry in entries), *(float(entry.batch_size or 0) for entry in entries)]
+        updates = [float(metric._update_count) for metric in self.metrics]
+        sizes = [float(entry.batch_size or 0) for entry in entries]
         number = self.kinds.index(kinds) if kinds in self.kinds else len(self.kinds)
-        message = self.broadcast([float(number), *values])
+        words = [float(number), loss, *updates, *(entry.value for entry in entries), *sizes]
+        message = self.broadcast(words)
         if int(message[0]) == len(self.kinds):
             box = [kinds]
             dist.broadcast_object_list(box, src=self.source, group=self.group)
             self.kinds.append(box[0])
-            self.words = max(self.words, 2 + 2 * len(box[0]))
-            message = self.broadcast([float(number), *values])
+            self.words = max(self.words, 2 + len(updates) + 2 * len(box[0]))
+            message = self.broadcast(words)
         known = self.kinds[int(message[0])]
-        for position, (name, options, metric, unsized) in enumerate(known):
-            value: Any = torch.tensor(message[2 + position], device=self.device)
-            size = None if unsized else int(message[2 + len(known) + position])
-            if metric is not None:
-                value = self.share(metric, value)
-            self.log(name, value, batch_size=size, **dict(options))
+        for metric, count in zip(self.metrics, message[2:], strict=False):
+            metric._update_count = int(count)
+        logged = message[2 + len(updates) :]
+        for position, (name, options, fqn, unsized) in enumerate(known):
+            value: Any = torch.tensor(logged[position], device=self.device)
+            size = None if unsized else int(logged[len(known) + position])
+            self.log(name, value if fqn is None else self.of_step(fqn, value), batch_size=size, **dict(options))
         return message[1]
 
     def broadcast(self, words: list[float]) -> list[float]:
@@ -154,33 +225,42 @@ class LogRelay:
         dist.broadcast(message, self.source, group=self.group)
         return message.tolist()
 
-    def share(self, fqn: str, step_value: Tensor) -> Metric:
-        """The metric object called `fqn`; what it computes is, from the first time on, what the source's computes."""
+    def of_step(self, fqn: str, value: Tensor) -> Metric:
+        """The metric object called `fqn`, whose value for the step was `value`."""
         metric = self.module.get_submodule(fqn)
         assert isinstance(metric, Metric)
-        if fqn not in self.shared:
-            self.shared.add(fqn)
-            compute = metric.compute
-
-            def compute_at_source() -> Any:
-                if not metric._to_sync:
-                    return compute()  # of one step: what Metric.forward asks for, on the source alone
-                box = [compute() if self.is_source else None]
-                dist.broadcast_object_list(box, src=self.source, group=self.group)
-                return box[0]
-
-            metric.compute = compute_at_source  # type: ignore[method-assign]
         if not self.is_source:
-            metric._forward_cache = cast(Any, step_value)
-            metric._update_count += 1
+            metric._forward_cache = cast(Any, value)
         return metric
 
+    def share(self, metric: Metric) -> None:
+        """Let what `metric` computes be what the source's computes."""
+        compute = metric.compute
 
-POSITIONAL = ("prog_bar", "logger", "on_step", "on_epoch")  # of LightningModule.log, after name and value
+        def compute_at_source(*args: Any, **kwargs: Any) -> Any:
+            # torchmetrics' forward computes, too, of what it is called with
+            if self.is_local or not metric._should_unsync:
+                return compute(*args, **kwargs)
+            box: list[Any] = [None]
+            if self.is_source:
+                with self.locally():
+                    # not with the number of the source's GPU on it
+                    box = [tree_map(lambda part: moved(part, "cpu"), compute(*args, **kwargs))]
+            dist.broadcast_object_list(box, src=self.source, group=self.group)
+            return tree_map(lambda part: moved(part, self.device), box[0])
+
+        metric.compute = compute_at_source  # type: ignore[method-assign]
+
+
+def moved(part: Any, device: torch.device | str) -> Any:
+    return part.to(device) if isinstance(part, Tensor) else part
+
+
+POSITIONAL = tuple(inspect.signature(pl.LightningModule.log).parameters)[3:]  # after self, name and value
 
 
 def merge(per_micro: Sequence[Sequence[Entry]], weights: Sequence[float], owner: str) -> list[Entry]:
-    """What a step logged for each micro-batch as one: means, weighted by the micro-batches' sizes."""
+    """What a step logged for each micro-batch as one: by its `reduce_fx`; means by the micro-batches' sizes."""
     kinds = [[entry.kind for entry in entries] for entries in per_micro]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(
@@ -189,8 +269,18 @@ def merge(per_micro: Sequence[Sequence[Entry]], weights: Sequence[float], owner:
         )
     merged = []
     for same in zip(*per_micro, strict=True):
-        value = sum(entry.value * weight for entry, weight in zip(same, weights, strict=True))
+        value = reduced([entry.value for entry in same], weights, dict(same[0].options).get("reduce_fx", "mean"))
         sizes = [entry.batch_size for entry in same]
         size = None if sizes[0] is None else sum(size or 0 for size in sizes)
         merged.append(Entry(same[0].name, value, size, same[0].options, same[0].metric))
     return merged
+
+
+def reduced(values: Sequence[float], weights: Sequence[float], reduce_fx: Any) -> float:
+    """`reduce_fx` is any that `self.log` takes: a word, or a function of that name."""
+    name = reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx.__name__
+    if name in ("max", "min"):
+        return max(values) if name == "max" else min(values)
+    if name == "sum":
+        return sum(values)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True))

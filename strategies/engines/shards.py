@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import wraps
+from inspect import Parameter, signature
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
 
 # Optimizers that update each element by itself: a part of a parameter may be stepped as if it were all of it.
 ELEMENTWISE = {"Adadelta", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+
+# Optimizers that take a step by what all parameters have in common, by the start of their names: LBFGS's line search
+# needs one loss, D-Adaptation and Prodigy estimate one distance.
+GLOBAL = ("LBFGS", "DAdapt", "Prodigy")
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that are averaged at once, as DDP does
 
@@ -32,6 +39,9 @@ class Shards:
     def __init__(self, optimizer: Optimizer, spec: Grid, duplicates: set[nn.Parameter], strategy: str) -> None:
         self.optimizer = optimizer
         self.parameters: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
+        if not any(self.parameters):
+            raise nothing_to_train(strategy)
+        check_alone(optimizer, spec.mesh.world_size, strategy)
         check_elementwise(optimizer, list(chain(*self.parameters)), strategy)
         holders = spec.mesh.data_ranks * spec.tensor
         # 1 / the ranks that hold the same elements: so that a sum over all ranks counts each element once.
@@ -43,23 +53,27 @@ class Shards:
                 nn.Parameter(local(parameter.detach()), parameter.requires_grad) for parameter in group["params"]
             ]
         self.parts: list[nn.Parameter] = list(chain(*(group["params"] for group in optimizer.param_groups)))
+        self.is_first_step = True  # until gradients have been taken once
 
     def connect(self) -> None:
         """Look again at what is stepped: a precision may have put master weights in place of the parts."""
         self.stepped: list[Tensor] = list(chain(*(group["params"] for group in self.optimizer.param_groups)))
 
     def take_gradients(self) -> None:
+        self.is_first_step = False
         for parameter, part in zip(chain(*self.parameters), self.parts, strict=True):
             part.grad = None if parameter.grad is None else local(parameter.grad)
 
     def norm(self) -> Tensor:
         """L2 norm of the whole model's gradient; collective over all ranks."""
+        like = self.stepped[0]
+        none = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         squares = [
             weight * torch.linalg.vector_norm(part.grad, dtype=torch.promote_types(part.dtype, torch.float32)).square()
             for part, weight in zip(self.stepped, self.weights, strict=True)
             if part.grad is not None
         ]
-        total = torch.stack(squares).sum()
+        total = torch.stack([none, *squares]).sum()  # of a stage that is frozen there is nothing to add up
         dist.all_reduce(total)
         return total.sqrt()
 
@@ -67,12 +81,44 @@ class Shards:
         """Scale all gradients so that their norm is at most `clip_val`, as torch.nn.utils.clip_grad_norm_ does."""
         scale = (clip_val / (self.norm() + 1e-6)).clamp(max=1.0)
         gradients = [part.grad for part in self.stepped if part.grad is not None]
-        torch._foreach_mul_(gradients, scale)
+        if gradients:
+            torch._foreach_mul_(gradients, scale)
+
+
+def explain_empty(module: pl.LightningModule, strategy: str) -> None:
+    """Let `configure_optimizers`, the next time, say why it finds nothing to train on this rank."""
+    configure = module.configure_optimizers
+
+    @wraps(configure)
+    def explained() -> Any:
+        del module.configure_optimizers
+        try:
+            return configure()
+        except ValueError as error:
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                raise
+            raise nothing_to_train(strategy) from error
+
+    module.configure_optimizers = explained  # type: ignore[method-assign]
+
+
+def nothing_to_train(strategy: str) -> ValueError:
+    return ValueError(
+        f"strategy={strategy}: rank {dist.get_rank()} has no parameter to train, since those of its pipeline stages "
+        f"are frozen, or left out by configure_optimizers; unfreeze one of them, or choose fewer stages."
+    )
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank has, in the same memory; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a gradient; zeros are put where there is none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return local(parameter.grad)
 
 
 def num_parts(parameter: nn.Parameter) -> int:
@@ -82,6 +128,17 @@ def num_parts(parameter: nn.Parameter) -> int:
     mesh = parameter.device_mesh
     split = (dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
     return math.prod(mesh.size(dim) for dim in split)
+
+
+def check_alone(optimizer: Optimizer, world_size: int, strategy: str) -> None:
+    """ValueError if ranks cannot step by themselves, whether or not they split parameters."""
+    kind = type(optimizer)
+    needs_closure = signature(kind.step).parameters["closure"].default is Parameter.empty
+    if world_size > 1 and (needs_closure or kind.__name__.startswith(GLOBAL)):
+        raise ValueError(
+            f"strategy={strategy} steps each rank's parameters by themselves, but {kind.__name__} looks at all of them "
+            f"at once, or at the loss again; choose optimizer=adamw or sgd, or strategy=single."
+        )
 
 
 def check_elementwise(optimizer: Optimizer, parameters: Sequence[nn.Parameter], strategy: str) -> None:
@@ -109,11 +166,18 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-    """Average the gradients over the ranks of `group`, reduced in `dtype`."""
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    for bucket in buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).to(dtype)
-        dist.all_reduce(flat, group=group)
-        flat /= group.size()
-        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+    """Average the gradients over the ranks of `group`, reduced in `dtype`.
+
+    A parameter that this rank's samples have not reached counts as zeros, so that all ranks reduce as many elements.
+    One that no rank's have reached gets zeros too, where one process would have no gradient, and would not decay it.
+    """
+    for bucket in buckets([gradient(parameter) for parameter in parameters]):
+        average_bucket(bucket, group, dtype)  # its flat copy is gone before the next is made
+
+
+def average_bucket(bucket: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).to(dtype)
+    dist.all_reduce(flat, group=group)
+    flat /= group.size()
+    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(part.view_as(gradient))

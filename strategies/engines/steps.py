@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from strategies.engines import sharding
-from strategies.engines.pipeline import Pipeline, order_of
+from strategies.engines.pipeline import Pipeline, order_of, takes_gradient
 from strategies.engines.relay import Entry, LogRelay, NetCall, merge
 from strategies.schedules import Order, forward_only, rank_of, with_transfers
 
@@ -47,51 +47,77 @@ class PipelinedSteps:
         last = spec.num_stages - 1
         self.pipe_rank = dist.get_group_rank(pipeline.link.group, dist.get_rank())
         self.last_unit = pipeline.stages[last].units[-1] if last in pipeline.stages else None
-        self.relay = LogRelay(module, pipeline.link.group, pipeline.link.peer(last), pipeline.link.device)
+        self.first_unit = pipeline.stages[0].units[0] if 0 in pipeline.stages else None
+        in_stages = [part for stage in pipeline.stages.values() for part in stage.modules()]
+        self.relay = LogRelay(module, pipeline.link.group, pipeline.link.peer(last), pipeline.link.device, in_stages)
         self.sharded_roots = [stage for stage in pipeline.stages.values() if isinstance(stage, FSDPModule)]
-        self.buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self.has_trained = False
 
     def train(self, batch: Any, *rest: Any) -> Tensor:
         """The step's mean loss, on every rank; its gradients are in the parameters, to be reduced yet."""
         for root in self.sharded_roots:
             sharding.hold(root)
-        self.share_buffers()
-        parts, weights = split(batch, self.spec.micro_batches)
+        parts, sizes = split(batch, self.spec.micro_batches)
+        weights = [size / sum(sizes) for size in sizes]
         accumulation = self.module.trainer.accumulate_grad_batches
         step = self.module.training_step
+        owner = type(self.module).__name__
         losses: list[Tensor] = []
         logged: list[list[Entry]] = []
+        odd: list[list[Any]] = []  # what an evaluation will have to join otherwise than by rows
+        rows_of: list[int] = []
 
-        def last(micro: int, output: Any) -> Tensor:
-            with self.relay.recording() as entries, self.same_draws(micro):
+        def first(micro: int) -> tuple[tuple[Any, ...], int]:
+            arguments = self.arguments(step, parts[micro], rest, place=("train", micro))
+            return arguments, rows_in(arguments, sizes[micro])
+
+        def last(micro: int, output: Any, rows: int) -> Tensor:
+            if not self.has_trained:
+                odd.append([kept_if_odd(part, rows) for part in tree_leaves(output)])
+                rows_of.append(rows)
+            with self.relay.recording() as entries, self.same_draws("train", micro):
                 result = self.finish(partial(step, parts[micro], *rest), output)
             logged.append(entries)
-            loss = loss_in(result, type(self.module).__name__)
+            loss = loss_in(result, owner)
+            if not self.has_trained:
+                self.net_call.check_loss(loss)
             losses.append(loss.detach() * weights[micro])
             return loss * (weights[micro] / accumulation)
 
-        self.run(train_order(self.spec, len(parts)), parts, step, rest, last, key=("train", signature(batch)))
-        merged = merge(logged, weights, type(self.module).__name__) if logged else []
+        self.run(train_order(self.spec, len(parts)), first, last)
+        for same in zip(*odd, strict=True):
+            if ByRows not in map(type, same):
+                joined(same, rows_of, owner)  # it fails now rather than at the first validation
+        self.has_trained = True
+        merged = merge(logged, weights, owner) if logged else []
         loss = self.relay.replay(merged, loss=float(sum(losses)))
         return torch.tensor(loss, device=self.pipeline.link.device)
 
     def evaluate(self, step: Callable[..., Any], batch: Any, *rest: Any) -> Any:
-        """What `step` returns, on the ranks of the last stage; it is called once, with the whole batch."""
-        self.share_buffers()
-        parts, _ = split(batch, self.spec.micro_batches)
+        """What `step` returns, on the ranks of the last stage; it is called with the whole batch.
+
+        Its net's arguments are cut into micro-batches, and the net's outputs joined.
+        """
+        sizes = sizes_of(batch, self.same_number(batch))
+        loop: Any = self.module.trainer._active_loop
+        place = (step.__name__, loop.batch_progress.current.ready)
+        parts: list[tuple[Any, ...]] = []
+        if self.first_unit is not None:
+            with self.forward_context():
+                parts = cut(self.arguments(step, batch, rest, place), sizes)
         outputs: list[Any] = []
-        self.run(
-            forward_order(self.spec, len(parts)),
-            parts,
-            step,
-            rest,
-            lambda _, output: outputs.append(output),
-            key=("evaluate", signature(batch)),
-        )
+        rows_of: list[int] = []
+
+        def last(_: int, output: Any, rows: int) -> None:
+            outputs.append(output)
+            rows_of.append(rows)
+
+        order = forward_order(self.spec, len(sizes))
+        self.run(order, lambda micro: (parts[micro], rows_in(parts[micro], sizes[micro])), last)
         result, entries = None, []
         if outputs:
-            joined = joined_outputs(outputs)
-            with self.relay.recording() as entries, self.forward_context(), self.same_draws(0):
+            joined = joined_outputs(outputs, rows_of, type(self.module).__name__)
+            with self.relay.recording() as entries, self.forward_context(), self.same_draws(*place):
                 result = self.finish(partial(step, batch, *rest), joined)
         self.relay.replay(entries)
         return result
@@ -99,30 +125,26 @@ class PipelinedSteps:
     def run(
         self,
         order: Order,
-        parts: list[Any],
-        step: Callable[..., Any],
-        rest: tuple[Any, ...],
-        last: Callable[[int, Any], Tensor | None],
-        *,
-        key: object,
+        first: Callable[[int], tuple[tuple[Any, ...], int]],
+        last: Callable[[int, Any, int], Tensor | None],
     ) -> None:
-        self.pipeline.run(
-            order[self.pipe_rank],
-            key=key,
-            first=lambda micro: self.arguments(partial(step, parts[micro], *rest), micro),
-            last=last,
-            context=self.forward_context,
-        )
+        self.pipeline.run(order[self.pipe_rank], first=first, last=last, context=self.forward_context)
 
-    def arguments(self, step: Callable[[], Any], micro: int) -> tuple[Any, ...]:
-        with self.relay.recording(), self.same_draws(micro):
-            return self.net_call.arguments(step)
+    def arguments(
+        self, step: Callable[..., Any], batch: Any, rest: tuple[Any, ...], place: tuple[object, ...]
+    ) -> tuple[Any, ...]:
+        """What the step calls its net with."""
+        assert self.first_unit is not None
+        if self.last_unit is not None:
+            batch = tree_map(copied, batch)  # the step runs here once more, and may change its batch in place
+        with self.relay.recording(), self.same_draws(*place):
+            return self.net_call.arguments(partial(step, batch, *rest), self.first_unit)
 
     @contextmanager
-    def same_draws(self, micro: int) -> Iterator[None]:
+    def same_draws(self, *here: object) -> Iterator[None]:
         """A step runs on the first and on the last stage's rank: what it draws at random must be the same on both."""
         trainer = self.module.trainer
-        place = (trainer.global_step, trainer.fit_loop.batch_idx, micro, dist.get_rank(self.data_group))
+        place = (trainer.global_step, trainer.fit_loop.batch_idx, *here, dist.get_rank(self.data_group))
         seed = zlib.crc32(repr((self.seed, *place)).encode())
         with isolate_rng():
             torch.manual_seed(seed)
@@ -138,33 +160,56 @@ class PipelinedSteps:
         for root in self.sharded_roots:
             sharding.reduce_gradients(root)
 
-    def share_buffers(self) -> None:
-        """The first data rank's buffers go to all, as under DDP: statistics of a BatchNorm are one rank's."""
-        for buffer in self.buffers if self.spec.mesh.data_ranks > 1 else []:
-            dist.broadcast(buffer, group_src=0, group=self.data_group)
+    def same_number(self, batch: Any) -> int:
+        """Of micro-batches, on all data ranks: weights that are let go between them are gathered by all at once."""
+        count = torch.tensor(len(sizes_of(batch, self.spec.micro_batches)), device=self.pipeline.link.device)
+        if self.sharded_roots and self.spec.reshards:
+            dist.all_reduce(count, dist.ReduceOp.MIN, group=self.data_group)
+        return int(count)
 
 
-def signature(batch: Any) -> tuple[torch.Size, ...]:
-    """What the shapes of all that passes between stages follow from."""
-    return tuple(leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+def split(batch: Any, parts: int) -> tuple[list[Any], list[int]]:
+    """A batch as at most `parts` micro-batches, and their sizes, which differ by at most one.
+
+    Each has its tensors to itself, so that a step may change them in place.
+    """
+    sizes = sizes_of(batch, parts)
+    return [tree_map(copied, part) for part in cut(batch, sizes)], sizes
 
 
-def split(batch: Any, parts: int) -> tuple[list[Any], list[float]]:
-    """A batch as at most `parts` micro-batches, and the share of samples in each. Sizes differ by at most one."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors:
+def sizes_of(batch: Any, parts: int) -> list[int]:
+    lengths = lengths_in(batch)
+    if not lengths:
         raise ValueError("strategy.mesh.pipe: a batch without a tensor cannot be cut into micro-batches.")
-    size = len(tensors[0])
-    count = min(parts, size)
+    count = max(1, min(parts, lengths[0]))
+    return [lengths[0] // count + (micro < lengths[0] % count) for micro in range(count)]
 
-    def cut(leaf: Any) -> tuple[Any, ...]:
-        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size:
-            return leaf.tensor_split(count)
-        return (leaf,) * count
 
-    micro_batches = [tree_map(lambda leaf, i=i: cut(leaf)[i], batch) for i in range(count)]
-    sizes = [len(part) for part in tensors[0].tensor_split(count)]
-    return micro_batches, [part / size for part in sizes]
+def lengths_in(tree: Any) -> list[int]:
+    return [len(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim]
+
+
+def rows_in(arguments: Any, size: int) -> int:
+    """Rows of what the net is called with for `size` samples: as many, unless its step has changed their number."""
+    lengths = lengths_in(arguments)
+    return size if size in lengths or not lengths else lengths[0]
+
+
+def cut(tree: Any, sizes: list[int]) -> list[Any]:
+    """Views of the same with the rows of each micro-batch; what has other than all rows goes to each as it is."""
+    rows = rows_in(tree, sum(sizes))
+    ends = [sum(sizes[:micro]) * rows // sum(sizes) for micro in range(len(sizes) + 1)] if sum(sizes) else [0, 0]
+
+    def part(leaf: Any, micro: int) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows:
+            return leaf[ends[micro] : ends[micro + 1]]
+        return leaf
+
+    return [tree_map(lambda leaf, micro=micro: part(leaf, micro), tree) for micro in range(len(sizes))]
+
+
+def copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def train_order(spec: Grid, micro_batches: int) -> Order:
@@ -177,11 +222,45 @@ def forward_order(spec: Grid, micro_batches: int) -> Order:
     return with_transfers(order, spec.num_stages, lambda stage: rank_of(stage, spec.pipe, spec.kind))
 
 
-def joined_outputs(outputs: list[Any]) -> Any:
-    """The outputs of all micro-batches as that of one batch."""
-    if isinstance(outputs[0], tuple):
-        return tuple(torch.cat(same) for same in zip(*outputs, strict=True))
-    return torch.cat(outputs)
+def joined_outputs(outputs: list[Any], rows: list[int], owner: str) -> Any:
+    """The outputs of all micro-batches, whose nets were called with so many rows, as that of one batch."""
+    return tree_map(lambda *same: joined(same, rows, owner), *outputs)
+
+
+def joined(same: Sequence[Any], rows: list[int], owner: str) -> Any:
+    """One output of all micro-batches: its rows together, the mean of a number, or what is the same for all."""
+    one, most = same[0], rows.index(max(rows))
+    if len(same) == 1:
+        return one
+    if not all(isinstance(part, Tensor) for part in same):
+        is_same = not any(isinstance(part, Tensor) for part in same) and all(part == one for part in same)
+    elif all(part.ndim and len(part) == count for part, count in zip(same, rows, strict=True)):
+        return torch.cat(list(same))
+    else:
+        is_same = all(torch.equal(part, one) for part in same)
+        per_row = len(same[most]) // rows[most] if one.ndim else 0
+        if not is_same and per_row and all(len(p) == per_row * n for p, n in zip(same, rows, strict=True)):
+            return torch.cat(list(same))
+        if not is_same and not one.ndim and takes_gradient(one):
+            return sum(part * (count / sum(rows)) for part, count in zip(same, rows, strict=True))
+    if is_same:
+        return one
+    shown = tuple(one.shape) if isinstance(one, Tensor) else one
+    raise ValueError(
+        f"strategy.mesh.pipe: what {owner}'s net gives its last unit has a part of shape {shown} for a micro-batch of "
+        f"{rows[0]} samples, which is another for each; validation cannot join it. Give it a row for each sample, or "
+        f"choose strategy=fsdp."
+    )
+
+
+class ByRows:
+    """Stands for a part of an output that has a row for each sample."""
+
+
+def kept_if_odd(part: Any, rows: int) -> Any:
+    if isinstance(part, Tensor):
+        return ByRows() if part.ndim and len(part) == rows else part.detach().clone()
+    return part
 
 
 def loss_in(result: Any, owner: str) -> Tensor:

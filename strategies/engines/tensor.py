@@ -1,7 +1,7 @@
 """Tensor parallelism: the styles of a plan as torch's parallel styles on the modules of a unit."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import embedding
 from torch.utils._pytree import tree_map
 
 from models.plan import Chain, ParallelPlan
+from strategies.engines.shards import local
 
 TIME = 1  # the dim of activations [batch, time, ...] that sequence parallelism splits
 
@@ -53,14 +54,17 @@ class Rows(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        padding = cast(int | None, module.padding_idx)
         weight = distribute_tensor(module.get_parameter("weight"), device_mesh, [Shard(0)], src_data_rank=None)
         module.register_parameter("weight", nn.Parameter(weight))
 
         def look_up(tokens: Tensor) -> Tensor:
             rows = cast(DTensor, module.weight).to_local()
-            own = tokens - device_mesh.get_local_rank() * len(rows)
+            first = device_mesh.get_local_rank() * len(rows)
+            own = tokens - first
             inside = (own >= 0) & (own < len(rows))
-            found = embedding(own.where(inside, 0), rows) * inside.unsqueeze(-1)
+            untrained = padding - first if padding is not None and 0 <= padding - first < len(rows) else None
+            found = embedding(own.where(inside, 0), rows, untrained) * inside.unsqueeze(-1)
             return DTensor.from_local(found, device_mesh, [Partial()], run_check=False).full_tensor()
 
         module.forward = look_up
@@ -102,6 +106,8 @@ def split_unit(
                 module.register_forward_pre_hook(lambda _, inputs: tree_map(whole, inputs))
             continue
         trained = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
+        if style == "embedding":
+            check_embedding(module, name)
         check_divides(module, name, style, mesh.size())
         chosen = parallel_style(style, sequence=sequence, loss_parallel=loss_parallel)
         parallelize_module(module, mesh, chosen, src_data_rank=None)
@@ -117,6 +123,23 @@ def check_divides(module: nn.Module, name: str, style: str, ranks: int) -> None:
         raise ValueError(
             f"strategy.mesh.tensor={ranks} does not divide the {size} {'rows' if style != 'rowwise' else 'columns'} of "
             f"{name}.weight, which plan.tensor calls {style}; choose a divisor of {size}."
+        )
+
+
+def check_embedding(module: nn.Module, name: str) -> None:
+    """ValueError if a look-up of rows, all that `Rows` does, is not all that the module does."""
+    kind = type(module)
+    if kind.forward is not nn.Embedding.forward:
+        raise ValueError(
+            f"plan.tensor: {name} is called embedding, but {kind.__name__}.forward is not nn.Embedding's, and its rows "
+            f"would be looked up without it; move what it adds behind the embedding, or leave out the style."
+        )
+    options = {key: getattr(module, key) for key in ("max_norm", "scale_grad_by_freq", "sparse")}
+    used = next((f"{key}={value}" for key, value in options.items() if value not in (None, False)), None)
+    if used:
+        raise ValueError(
+            f"plan.tensor: {name} is called embedding, but has {used}, which rows on several ranks do not follow; "
+            f"leave out {used.partition('=')[0]}, or the style."
         )
 
 
@@ -201,3 +224,49 @@ def sum_partial_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 def has_parts(gradient: Tensor | None) -> bool:
     return isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements)
+
+
+# By what tensor ranks may differ, relative to a gradient's norm: rounding, in formats of 24 bits and more, and in those
+# of 8 or 11. Where each has its own part of a gradient they differ by about as much as the gradient itself.
+TOLERANCE, COARSE_TOLERANCE = 1e-4, 5e-2
+CHUNK = 2**22  # elements that are compared at once
+
+
+def check_alike(parameters: Iterable[tuple[str, nn.Parameter]], mesh: DeviceMesh, compute: str, strategy: str) -> None:
+    """ValueError on every rank, of other stages too, if copies of a parameter get different gradients.
+
+    They would drift apart, each trained by its own part of the activations. Collective over the world. `compute`: the
+    format of forward and backward.
+    """
+    tolerance = TOLERANCE if compute in ("float32", "float64") else COARSE_TOLERANCE
+    copies = [(fqn, parameter) for fqn, parameter in parameters if parameter.requires_grad and not is_split(parameter)]
+    # All ranks of the group find the same, so that all stop at the same parameter.
+    own = next((fqn for fqn, copy in copies if relative_difference(copy, mesh.get_group()) > tolerance), None)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    first = next((fqn for fqn in found if fqn), None)
+    if first:
+        raise ValueError(
+            f"strategy={strategy}: each tensor rank has a whole copy of parameter {first}, but a gradient of its own "
+            f"for it, since what reaches it is split, or drawn at random; give its module a style in plan.tensor, or "
+            f"leave the modules of its block whole."
+        )
+
+
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether tensor ranks have different parts of it."""
+    if not isinstance(parameter, DTensor) or "tensor" not in (names := parameter.device_mesh.mesh_dim_names or ()):
+        return False
+    return not parameter.placements[names.index("tensor")].is_replicate()
+
+
+def relative_difference(parameter: nn.Parameter, group: dist.ProcessGroup) -> float:
+    """How far the ranks' gradients lie apart at most, relative to their size; no gradient counts as zeros."""
+    gradient = local(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).reshape(-1)
+    apart = torch.zeros(2, device=gradient.device)  # squares: of the differences, of the gradients
+    for chunk in gradient.to(torch.promote_types(gradient.dtype, torch.float32)).split(CHUNK):
+        highest, lowest = both = torch.stack([chunk, -chunk])
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+        apart += torch.stack([(highest + lowest).square().sum(), torch.maximum(highest, lowest).square().sum()])
+    difference, size = apart.sqrt().tolist()
+    return difference / size if size else 0.0

@@ -96,8 +96,8 @@ class Census(pl.Callback):
         for owner, name in [*places, (engine.GridEngine, "finish_gradients")]:
             setattr(owner, name, self.sampled(getattr(owner, name)))
         trainer.optimizers[0].register_step_pre_hook(lambda *_: self.sample())
-        self.all_reduce, self.irecv = shards.dist.all_reduce, shards.dist.irecv
-        shards.dist.all_reduce, shards.dist.irecv = self.watched_all_reduce, self.watched_irecv
+        self.all_reduce, self.batch = shards.dist.all_reduce, shards.dist.batch_isend_irecv
+        shards.dist.all_reduce, shards.dist.batch_isend_irecv = self.watched_all_reduce, self.watched_batch  # type: ignore[assignment]
 
     def sampled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def sampling(*args: Any, **kwargs: Any) -> Any:
@@ -114,10 +114,13 @@ class Census(pl.Callback):
             self.buffers_peak = max(self.buffers_peak, tensor.nbytes)
         return self.all_reduce(tensor, *args, **kwargs)
 
-    def watched_irecv(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.counts and "tag" in kwargs:  # a shared parameter's gradient, to be added to this rank's
-            self.buffers_peak = max(self.buffers_peak, 2 * tensor.nbytes)
-        return self.irecv(tensor, *args, **kwargs)
+    def watched_batch(self, operations: list[Any]) -> Any:
+        """Only a shared parameter's gradients go in batches: the others' are added to this rank's."""
+        if self.counts:
+            for operation in operations:
+                if operation.op is shards.dist.irecv:
+                    self.buffers_peak = max(self.buffers_peak, 2 * operation.tensor.nbytes)
+        return self.batch(operations)
 
     def gradients(self) -> Iterator[Any]:
         yield from (parameter.grad for parameter in self.module.parameters())
