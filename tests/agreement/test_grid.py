@@ -61,7 +61,6 @@ PLANTED = [
     (faults.TiedNotSummed, GridCase(strategy="pipeline", tied=True)),
     (faults.TiedNotSummed, GridCase(strategy="pipeline", tied=True, schedule="zbv")),
     (faults.AveragedTwice, GridCase(strategy="fsdp")),
-    (faults.NormsPartNotSummed, GridCase(strategy="tensor")),
     (faults.SamplesRepeated, GridCase(strategy="hsdp", world_size=4)),
     (faults.StepSkipped, GridCase(strategy="2d", world_size=4)),
 ]
@@ -79,3 +78,8 @@ def test_weights_let_go_before_their_gradients_end_the_run(tmp_path: Path) -> No
     case = GridCase(strategy="2d_pipeline", world_size=4, schedule="zbv")
     with pytest.raises(AssertionError, match="KeyError: <AccumulateGrad"):
         train_case(case.overrides, tmp_path, faults.ReshardedInBetween)
+
+
+def test_parts_of_a_norms_gradient_that_are_not_summed_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="each tensor rank has a whole copy of parameter"):
+        train_case(GridCase(strategy="tensor").overrides, tmp_path, faults.NormsPartNotSummed)

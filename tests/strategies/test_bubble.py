@@ -36,7 +36,7 @@ TOLERANCE = 0.1
 # blocks sleep so long, and steps in all.
 LEAST_BLOCK_S, LEAST_STEP_S = 0.03, 0.4
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 
 class Pause(torch.autograd.Function):
