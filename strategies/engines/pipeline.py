@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -79,7 +79,6 @@ class Stage(nn.Module):
 # What goes ahead of tensors that another rank sends: rows of the micro-batch, whether they are a tuple, their number,
 # and format, number of dims and dims of each. Nothing else tells their shapes: a step may trim or crop as it likes.
 HEADER_WORDS = 64
-HEADER_TAG = 1 << 16  # apart from the tensors' own, where a header goes through the same group
 FORMATS = (
     torch.float32,
     torch.float64,
@@ -139,11 +138,24 @@ Shapes = list[tuple[torch.Size, torch.dtype]]
 Coming = list[tuple[dist.Work | None, Tensor]]  # no work where there is nothing to wait for
 
 
+class Transfer(NamedTuple):
+    """Outputs (F) or gradients of inputs (B) of one stage, which go to the next or to the one before."""
+
+    kind: Literal["F", "B"]
+    stage: int
+    micro: int
+
+    @property
+    def tag(self) -> int:
+        """Keeps apart what goes between two ranks at once; the one after it is that of the header."""
+        return (self.stage << 16 | self.micro) << 2 | (self.kind == "B") << 1
+
+
 class Arrival:
     """A `Passed` of another rank: its header is under way, and its tensors are received once that is read."""
 
-    def __init__(self, work: dist.Work, header: Tensor) -> None:
-        self.work, self.header = work, header
+    def __init__(self, transfer: Transfer, work: dist.Work, header: Tensor) -> None:
+        self.transfer, self.work, self.header = transfer, work, header
         self.coming: Coming | None = None
 
     def read(self) -> Shapes:
@@ -161,70 +173,81 @@ class Arrival:
 class Link:
     """Sends to and receives from the ranks of neighbouring stages.
 
-    Headers are read by the CPU and go through gloo: through NCCL, each would make the CPU wait for the GPU.
+    Headers are read by the CPU and go through gloo: through NCCL, each would make the CPU wait for the GPU. NCCL knows
+    no tags, and two ranks must start whatever passes between them in one order; so there, but only there, a header is
+    read before its tensors are needed: when something else is to go between the same ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, rank_of_stage: Callable[[int], int]) -> None:
         self.group, self.device, self.rank_of_stage = group, device, rank_of_stage
-        self.in_one_queue = dist.get_backend(group) == "nccl"  # what two ranks send each other, either way
+        self.in_order = dist.get_backend(group) == "nccl"
         self.header_group = group
-        if self.in_one_queue:
+        if self.in_order:
             ranks = dist.get_process_group_ranks(group)
             self.header_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self.headers: Coming = []  # being sent
-        self.sending: dict[object, Coming] = {}
+        self.sending: dict[Transfer, Coming] = {}
         self.unread: dict[int, list[Arrival]] = {}  # by rank, in the order of their sends
 
     def peer(self, stage: int) -> int:
         return dist.get_global_rank(self.group, self.rank_of_stage(stage))
 
-    def send(self, name: object, tensors: Sequence[Tensor], to: int, header: Sequence[int] = ()) -> None:
-        """Start to send; `arrived(name)` lets go of what is sent, if it is over no earlier."""
+    def send(self, transfer: Transfer, tensors: Sequence[Tensor], to: int, header: Sequence[int] = ()) -> None:
+        """Start to send; `arrived(transfer)` lets go of what is sent, if it is over no earlier."""
         for over in [key for key, parts in self.sending.items() if all(map(is_over, parts))]:
             del self.sending[over]
-        if self.in_one_queue:
-            self.read_all(self.peer(to))
-        sent = self.sending.setdefault(name, [])  # it must live until it is sent
+        rank = self.peer(to)
+        self.keep_order(rank)
+        sent = self.sending.setdefault(transfer, [])  # it must live until it is sent
         if header:
             words = torch.tensor([*header, *[0] * (HEADER_WORDS - len(header))])
-            self.headers.append((dist.isend(words, self.peer(to), group=self.header_group, tag=HEADER_TAG), words))
+            self.headers.append((dist.isend(words, rank, group=self.header_group, tag=transfer.tag + 1), words))
         for tensor in tensors:
             whole_tensor = tensor.detach().contiguous()
             if tensor.numel():
-                sent.append((dist.isend(in_bytes(whole_tensor), self.peer(to), group=self.group), whole_tensor))
+                work = dist.isend(in_bytes(whole_tensor), rank, group=self.group, tag=transfer.tag)
+                sent.append((work, whole_tensor))
 
-    def arrived(self, name: object) -> None:
-        """An answer to what was sent under this name is there."""
-        wait(self.sending.pop(name, []))
+    def arrived(self, transfer: Transfer) -> None:
+        """An answer to what was sent is there."""
+        wait(self.sending.pop(transfer, []))
 
-    def expect(self, source: int) -> Arrival:
-        header = torch.empty(HEADER_WORDS, dtype=torch.int64)
-        work = dist.irecv(header, self.peer(source), group=self.header_group, tag=HEADER_TAG)
-        arrival = Arrival(cast(dist.Work, work), header)
-        self.unread.setdefault(self.peer(source), []).append(arrival)
+    def expect(self, transfer: Transfer) -> Arrival:
+        """A stage's outputs, whose header will tell their shapes."""
+        rank, header = self.peer(transfer.stage), torch.empty(HEADER_WORDS, dtype=torch.int64)
+        work = dist.irecv(header, rank, group=self.header_group, tag=transfer.tag + 1)
+        arrival = Arrival(transfer, cast(dist.Work, work), header)
+        if self.in_order:
+            self.unread.setdefault(rank, []).append(arrival)
         return arrival
 
-    def take(self, arrival: Arrival, source: int) -> Passed:
+    def take(self, arrival: Arrival) -> Passed:
         """What has been expected, once it is there."""
-        self.read_all(self.peer(source))
-        assert arrival.coming is not None
+        self.keep_order(self.peer(arrival.transfer.stage))
+        if arrival.coming is None:
+            arrival.coming = self.start(arrival.transfer, arrival.read())
         return Passed(landed(arrival.coming), arrival.is_tuple, arrival.rows)
 
-    def read_all(self, rank: int) -> None:
-        """Receive what the headers under way from a rank announce: tensors come in the order of their sends."""
+    def receive(self, transfer: Transfer, shapes: Shapes) -> Coming:
+        """Start to receive a stage's gradients."""
+        self.keep_order(self.peer(transfer.stage))
+        return self.start(transfer, shapes)
+
+    def keep_order(self, rank: int) -> None:
+        """Start to receive all that has been expected of a rank, where what comes next would otherwise overtake it."""
         for arrival in self.unread.pop(rank, []):
-            arrival.coming = self.start(arrival.read(), rank)
+            arrival.coming = self.start(arrival.transfer, arrival.read())
 
-    def receive(self, shapes: Shapes, source: int) -> Coming:
-        self.read_all(self.peer(source))
-        return self.start(shapes, self.peer(source))
-
-    def start(self, shapes: Shapes, rank: int) -> Coming:
+    def start(self, transfer: Transfer, shapes: Shapes) -> Coming:
         coming: Coming = []
         for shape, dtype in shapes:
             buffer = torch.empty(shape, dtype=dtype, device=self.device)
-            work = dist.irecv(in_bytes(buffer), rank, group=self.group) if buffer.numel() else None
-            coming.append((work, buffer))
+            if buffer.numel():
+                rank = self.peer(transfer.stage)
+                work = dist.irecv(in_bytes(buffer), rank, group=self.group, tag=transfer.tag)
+                coming.append((work, buffer))
+            else:
+                coming.append((None, buffer))
         return coming
 
     def finish(self) -> None:
@@ -330,7 +353,7 @@ class Pipeline:
 
     def input_of(self, stage: int, micro: int) -> Passed:
         taken = self.inputs.pop((stage, micro))
-        return self.link.take(taken, stage - 1) if isinstance(taken, Arrival) else taken
+        return self.link.take(taken) if isinstance(taken, Arrival) else taken
 
     def b(self, stage: int, micro: int) -> None:
         kept = self.kept.pop((stage, micro))
@@ -364,7 +387,7 @@ class Pipeline:
             return [torch.ones_like(loss) for loss in kept.outputs if loss.requires_grad]
         floating = [output for output in kept.outputs if takes_gradient(output)]
         gradients = landed(self.gradients.pop((stage, micro)))
-        self.link.arrived(("F", stage, micro))
+        self.link.arrived(Transfer("F", stage, micro))
         return [gradient for output, gradient in zip(floating, gradients, strict=True) if output.requires_grad]
 
     def give_back(self, stage: int, micro: int, gradients: Sequence[Tensor | None], kept: Kept) -> None:
@@ -381,18 +404,18 @@ class Pipeline:
 
     def send_f(self, stage: int, micro: int) -> None:
         passed = self.outputs.pop((stage, micro))
-        self.link.send(("F", stage, micro), passed.tensors, stage + 1, header=passed.header)
+        self.link.send(Transfer("F", stage, micro), passed.tensors, stage + 1, header=passed.header)
 
     def recv_f(self, stage: int, micro: int) -> None:
-        self.inputs[stage, micro] = self.link.expect(stage - 1)
+        self.inputs[stage, micro] = self.link.expect(Transfer("F", stage - 1, micro))
 
     def send_b(self, stage: int, micro: int) -> None:
-        self.link.send(("B", stage, micro), self.input_gradients.pop((stage, micro)), stage - 1)
+        self.link.send(Transfer("B", stage, micro), self.input_gradients.pop((stage, micro)), stage - 1)
 
     def recv_b(self, stage: int, micro: int) -> None:
         outputs = self.kept[stage, micro].outputs
         shapes = [(output.shape, output.dtype) for output in outputs if takes_gradient(output)]
-        self.gradients[stage, micro] = self.link.receive(shapes, stage + 1)
+        self.gradients[stage, micro] = self.link.receive(Transfer("B", stage + 1, micro), shapes)
 
 
 def takes_gradient(tensor: Tensor) -> bool:

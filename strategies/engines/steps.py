@@ -6,14 +6,13 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
@@ -145,11 +144,7 @@ class PipelinedSteps:
         """A step runs on the first and on the last stage's rank: what it draws at random must be the same on both."""
         trainer = self.module.trainer
         place = (trainer.global_step, trainer.fit_loop.batch_idx, *here, dist.get_rank(self.data_group))
-        seed = zlib.crc32(repr((self.seed, *place)).encode())
-        with isolate_rng():
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
+        with draws_of(zlib.crc32(repr((self.seed, *place)).encode()), self.pipeline.link.device):
             yield
 
     def finish(self, step: Callable[[], Any], output: Any) -> Any:
@@ -166,6 +161,29 @@ class PipelinedSteps:
         if self.sharded_roots and self.spec.reshards:
             dist.all_reduce(count, dist.ReduceOp.MIN, group=self.data_group)
         return int(count)
+
+
+@contextmanager
+def draws_of(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed what draws at random on the CPU and on this device, and put all of it back at the end.
+
+    `torch.manual_seed` is not called: for each kind of device that is absent, it writes down its caller's stack.
+    """
+    of_device = [torch.cuda.default_generators[torch.cuda.current_device()]] if device.type == "cuda" else []
+    generators = [torch.default_generator, *of_device]
+    states = [generator.get_state() for generator in generators]
+    states_besides = np.random.get_state(), random.getstate()
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        np.random.set_state(states_besides[0])
+        random.setstate(states_besides[1])
 
 
 def split(batch: Any, parts: int) -> tuple[list[Any], list[int]]:
@@ -212,11 +230,13 @@ def copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
+@cache
 def train_order(spec: Grid, micro_batches: int) -> Order:
     order = order_of(spec.schedule, spec.pipe, spec.rank_stages, micro_batches)
     return with_transfers(order, spec.num_stages, lambda stage: rank_of(stage, spec.pipe, spec.kind))
 
 
+@cache
 def forward_order(spec: Grid, micro_batches: int) -> Order:
     order = forward_only(spec.pipe, spec.num_stages, micro_batches, spec.kind)
     return with_transfers(order, spec.num_stages, lambda stage: rank_of(stage, spec.pipe, spec.kind))
