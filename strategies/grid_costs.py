@@ -26,7 +26,7 @@ Sent = Iterator[tuple[Collective, Axis, int, int]]  # with ranks and payload
 Exchanges = Iterator[tuple[Collective, int]]  # over the tensor axis, with the payload per sample
 
 
-HEADER_BYTES = 512  # go ahead of each activation and tell its shape: engines/pipeline.py, HEADER_WORDS
+HEADER_BYTES = 512  # go ahead of each activation and tell its shape: engines/link.py, HEADER_WORDS
 
 
 def memory(grid: Grid, stats: ModelStats, workload: Workload) -> Memory:

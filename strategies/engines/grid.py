@@ -23,8 +23,9 @@ from strategies.cutting import cut
 from strategies.engines import sharding, tensor
 from strategies.engines.averaging import AveragesExactly, share_buffers
 from strategies.engines.blocks import blocks_of, rework
+from strategies.engines.link import Link
 from strategies.engines.materialize import Materializer
-from strategies.engines.pipeline import Link, Pipeline, Stage
+from strategies.engines.pipeline import Pipeline, Stage
 from strategies.engines.precision import name, precision_plugin
 from strategies.engines.shards import Shards, average, explain_empty
 from strategies.engines.steps import PipelinedSteps

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.engines.pipeline import Passed
+from strategies.engines.link import Passed
 from strategies.engines.relay import NetCall
 from tests.agreement.cases import own
 from tests.agreement.test_agreement import train_case
