@@ -21,7 +21,14 @@ from launch.compose import CONFIG_DIR, compose, quoted
 from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch, load_resolved
 from launch.entry import end_on_signals, one_line
 from launch.schema import ConfigError, RunConfig
-from tracking.agreement import Certificate, compare, tolerance_text
+from tracking.agreement import (
+    Certificate,
+    Draw,
+    another_draw_matters,
+    compare,
+    other_micro_batches,
+    tolerance_text,
+)
 from tracking.evidence import Evidence
 from tracking.record import RunRecord
 
@@ -71,7 +78,7 @@ class Verifier:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.references: dict[tuple[str, ...], tuple[Finished, Finished]] = {}
+        self.references: dict[tuple[str, ...], tuple[Finished, Finished]] = {}  # exact and in the precision asked for
 
     def run(self, overrides: list[str], name: str) -> Finished:
         """Train one run in a folder of its own under `name`."""
@@ -103,13 +110,16 @@ class Verifier:
         """Compare the candidate that `overrides` describe with its references; the certificate lies in its folder."""
         exact, reference = self.reference(overrides)
         candidate = self.run(overrides, name)
-        precision = candidate.config.precision
-        checks = compare(
-            exact.evidence,
-            reference.evidence,
-            candidate.evidence,
-            master=precision.master,
-        )
+        precision, data = candidate.config.precision, reference.config.data
+        draws = [Draw(exact.evidence, reference.evidence)]
+        checks = compare(draws, candidate.evidence, master=precision.master)
+        for size in other_micro_batches(data["global_batch_size"], data["micro_batch_size"]):
+            if not another_draw_matters(checks):
+                break
+            others = [word for word in overrides if key(word) != "data.micro_batch_size"]
+            pair = self.reference([*others, f"data.micro_batch_size={size}"])
+            draws.append(Draw(*(finished.evidence for finished in pair)))
+            checks = compare(draws, candidate.evidence, master=precision.master)
         certificate = Certificate(
             verdict="agrees" if all(check.passed for check in checks) else "disagrees",
             strategy=candidate.record.strategy,

@@ -152,12 +152,17 @@ def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: 
 
 
 def train(
-    job: Job, *, terminal: TextIO | None = None, log: TextIO | None = None, callbacks: Sequence[Callback] = ()
+    job: Job,
+    *,
+    terminal: TextIO | None = None,
+    log: TextIO | None = None,
+    callbacks: Sequence[Callback] = (),
+    stats: ModelStats | None = None,
 ) -> None:
     """Train one rank to the end; rank 0 writes the run's record.
 
     `callbacks` come before Concord's own, so that those see what they do. With a `terminal` there is a live bar, and
-    what is printed meanwhile goes above it and into `log`.
+    what is printed meanwhile goes above it and into `log`. `stats` are the model's, where they are known already.
     """
     config, rank = job.config, int(os.environ["RANK"])
     quiet()
@@ -169,8 +174,8 @@ def train(
     peak_flops = None if config.evidence else peak_of_device(config)  # first, while all ranks are at the same point
     shadow = on_meta(model)
     # Counted where it is of use: rank 0 logs it (not of a run that is made to be compared), grids cut by it.
-    counts = (rank == 0 and not config.evidence) or not job.mesh.pipe == job.mesh.tensor == 1
-    stats = stats_of(shadow, job) if counts else None
+    if stats is None and ((rank == 0 and not config.evidence) or job.mesh.cuts):
+        stats = stats_of(shadow, job)
     size = record.Stats(
         parameters=sum(parameter.numel() for parameter in shadow.parameters()),
         flops_per_sample=stats.flops_per_sample if stats else None,

@@ -86,6 +86,11 @@ class Mesh:
         return self.data
 
     @property
+    def cuts(self) -> bool:
+        """Whether a model is taken apart: by its blocks or by its matrices."""
+        return self.pipe != 1 or self.tensor != 1
+
+    @property
     def text(self) -> str:
         return " x ".join(f"{axis} {size}" for axis, size in self.sizes.items())
 

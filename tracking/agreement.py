@@ -4,6 +4,9 @@ Three runs are compared: the *exact* one (one process, float64), the *reference*
 for) and the *candidate* (the strategy, in the same precision). How far the reference lies from the exact run is what
 rounding alone does to this very model on these very samples. A strategy sums in another order, so its rounding is
 another draw from the same distribution: the candidate may lie MARGIN times as far from the exact run, and no further.
+
+One draw may be small by luck. A candidate that lies just beyond its limit is therefore decided by a few draws more:
+exact and reference runs on micro-batches of other sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +26,10 @@ from tracking.evidence import Evidence
 # Two draws of a tensor's rounding error (an L2 norm over its elements) differ by a small factor; of the faults that
 # tests/agreement plants, each goes far beyond it.
 MARGIN = 8.0
+
+# Draws that decide a candidate beyond its limit, and how many times beyond it no draw is asked for any more.
+MORE_DRAWS = 2
+OUT_OF_REACH = 30.0
 
 # Where the reference happens to be exact, a candidate may still round: unit roundoff u of the format in which the
 # quantity is held (Higham, Accuracy and Stability of Numerical Algorithms, section 2.1), relative to its size.
@@ -81,6 +88,13 @@ class Certificate(BaseModel):
         return cls.model_validate(json.loads(path.read_text()))
 
 
+class Draw(NamedTuple):
+    """Two runs of one process on the same samples in the same micro-batches, which differ by rounding alone."""
+
+    exact: Evidence  # in float64
+    reference: Evidence  # in the precision asked for
+
+
 @dataclass(frozen=True)
 class Point:
     """One compared value: its name, its sizes of error, and its limit."""
@@ -128,8 +142,7 @@ def multiset_difference(left: Sequence[str], right: Sequence[str]) -> int:
 
 def compare_series(
     quantity: Quantity,
-    exact: Sequence[float],
-    reference: Sequence[float],
+    draws: Sequence[tuple[Sequence[float], Sequence[float]]],
     candidate: Sequence[Sequence[float]],
     u: float,
 ) -> Check:
@@ -137,14 +150,15 @@ def compare_series(
 
     One step's rounding error may be small by luck, so the largest relative error of all steps sets the limit.
     """
-    relative = max(abs(r - e) / abs(e) if e else 0.0 for e, r in zip(exact, reference, strict=True))
+    exact, _ = draws[0]
+    relative = max(abs(r - e) / abs(e) if e else 0.0 for draw in draws for e, r in zip(*draw, strict=True))
     return worst(
         quantity,
         (
             Point(
                 where=f"step {step}, rank {rank}" if len(values) > 1 else f"step {step}",
                 difference=abs(value - exact[step]),
-                rounding=abs(reference[step] - exact[step]),
+                rounding=max(abs(r[step] - e[step]) for e, r in draws),
                 limit=MARGIN * max(relative, u) * abs(exact[step]),
             )
             for step, values in enumerate(candidate)
@@ -153,25 +167,28 @@ def compare_series(
     )
 
 
-def compare_weights(exact: Evidence, reference: Evidence, candidate: Evidence, u: float) -> Check:
+def compare_weights(draws: Sequence[Draw], candidate: Evidence, u: float) -> Check:
     """Compare each parameter, as each rank holds it, by the L2 norm of its difference from the exact one.
 
     Adam divides by the size of a gradient: where that is next to nothing, rounding makes a step of its own, so a few
     parameters are far off in every draw, and not the same ones. Hence the limit knows what the reference errs by over
     all parameters, too.
     """
-    truth, own = exact.weights[0], reference.weights[0]
+    truth = draws[0].exact.weights[0]
     norms = {fqn: float(np.linalg.norm(truth[fqn])) for fqn in truth}
-    relative = [distance(own[fqn], truth[fqn]) / norm for fqn, norm in norms.items() if norm]
+    own = {
+        fqn: max(distance(draw.reference.weights[0][fqn], draw.exact.weights[0][fqn]) for draw in draws)
+        for fqn in truth
+    }
+    relative = [own[fqn] / norm for fqn, norm in norms.items() if norm]
     typical = max(u, float(np.sqrt(np.mean(np.square(relative or [0.0])))))  # root mean square
     seen = {fqn for held in candidate.weights for fqn in held}
     points = [Point(f"{fqn} is shown by no rank", np.inf, 0.0, 0.0) for fqn in sorted(truth.keys() - seen)]
     points += [Point(f"{fqn} is not in the reference", np.inf, 0.0, 0.0) for fqn in sorted(seen - truth.keys())]
     for rank, held in enumerate(candidate.weights):
         for fqn in sorted(held.keys() & truth.keys()):
-            rounding = distance(own[fqn], truth[fqn])
-            limit = MARGIN * max(rounding, typical * norms[fqn])
-            points.append(Point(f"{fqn}, rank {rank}", distance(held[fqn], truth[fqn]), rounding, limit))
+            limit = MARGIN * max(own[fqn], typical * norms[fqn])
+            points.append(Point(f"{fqn}, rank {rank}", distance(held[fqn], truth[fqn]), own[fqn], limit))
     return worst("weights", points)
 
 
@@ -180,29 +197,54 @@ def distance(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.linalg.norm(left.astype(np.float64) - right.astype(np.float64)))
 
 
-def compare(exact: Evidence, reference: Evidence, candidate: Evidence, *, master: str) -> list[Check]:
-    """All checks of a candidate; `master` is the format of the weights' master copy, in which losses are taken too."""
+def compare(draws: Sequence[Draw], candidate: Evidence, *, master: str) -> list[Check]:
+    """All checks of a candidate against the first draw, with what all draws say of rounding.
+
+    `master` is the format of the weights' master copy, in which losses are taken too.
+    """
     u = UNIT_ROUNDOFF[master]
-    steps = range(min(len(side.losses) for side in (exact, reference, candidate)))
+    first = draws[0]
+    steps = range(min(len(side.losses) for side in (first.exact, first.reference, candidate)))
     checks = [
-        compare_samples(reference, candidate),
-        compare_series("loss", exact.losses, reference.losses, [[candidate.losses[step]] for step in steps], u),
+        compare_samples(first.reference, candidate),
+        compare_series(
+            "loss",
+            [(draw.exact.losses, draw.reference.losses) for draw in draws],
+            [[candidate.losses[step]] for step in steps],
+            u,
+        ),
         compare_series(
             "gradient norm",
-            [values[0] for values in exact.gradient_norms],
-            [values[0] for values in reference.gradient_norms],
+            [(first_of(draw.exact.gradient_norms), first_of(draw.reference.gradient_norms)) for draw in draws],
             candidate.gradient_norms,
             u,
         ),
-        compare_weights(exact, reference, candidate, u),
+        compare_weights(draws, candidate, u),
     ]
-    if exact.val_losses and not candidate.val_losses:
+    if first.exact.val_losses and not candidate.val_losses:
         checks.append(worst("validation loss", [Point("no rank has one", np.inf, 0.0, 0.0)]))
-    elif exact.val_losses:
-        checks.append(
-            compare_series("validation loss", exact.val_losses[:1], reference.val_losses[:1], [candidate.val_losses], u)
-        )
+    elif first.exact.val_losses:
+        validated = [(draw.exact.val_losses[:1], draw.reference.val_losses[:1]) for draw in draws]
+        checks.append(compare_series("validation loss", validated, [candidate.val_losses], u))
     return checks
+
+
+def first_of(by_rank: Sequence[Sequence[float]]) -> list[float]:
+    return [values[0] for values in by_rank]
+
+
+def another_draw_matters(checks: Sequence[Check]) -> bool:
+    """Whether a candidate is beyond a limit, and not so far beyond that no draw of rounding would explain it."""
+    failed = [check for check in checks if not check.passed]
+    return bool(failed) and all(check.difference <= OUT_OF_REACH * check.limit for check in failed)
+
+
+def other_micro_batches(global_batch_size: int, micro_batch_size: int) -> list[int]:
+    """Micro-batch sizes for further draws: the next smaller ones, which need no more memory; 2 where there is none."""
+    sizes = [size for size in range(micro_batch_size - 1, 0, -1) if global_batch_size % size == 0]
+    if not sizes and global_batch_size % 2 == 0:
+        sizes = [2]
+    return sizes[:MORE_DRAWS]
 
 
 def tolerance_text(master: str) -> str:
@@ -211,6 +253,7 @@ def tolerance_text(master: str) -> str:
         f"(one process, same precision), or {MARGIN:g} times {master}'s unit roundoff ({UNIT_ROUNDOFF[master]:.2g}) "
         f"relative to the value, whichever is more. Scalars take the reference's largest relative difference over all "
         f"steps; weights are compared parameter by parameter in L2 norm, where the reference's own difference counts "
-        f"as at least its root mean square over all parameters, relative to their size. Samples must be the same, step "
-        f"by step."
+        f"as at least its root mean square over all parameters, relative to their size. A candidate just beyond a "
+        f"limit is decided by up to {MORE_DRAWS} more pairs of runs of one process, on other micro-batches: the "
+        f"largest difference of all pairs counts. Samples must be the same, step by step."
     )

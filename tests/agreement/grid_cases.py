@@ -19,18 +19,21 @@ class GridCase(Case):
     @property
     def net(self) -> list[str]:
         heads = {"gpt": ["model.net.num_heads=8", "model.net.num_kv_heads=4"], "vit": ["model.net.num_heads=4"]}
-        return [*super().net, "model.net.num_layers=6", *heads[self.model]]
+        layers = 6 if self.world_size // self.others_than_pipe > 2 else 3  # two stages on each of 4 or 2 pipe ranks
+        return [*super().net, f"model.net.num_layers={layers}", *heads[self.model]]
 
     @property
     def micro_batches(self) -> int:
         """As many as the schedule takes, of at most as many samples as there are."""
         pipe_ranks = self.world_size // self.others_than_pipe
-        wanted = 2 * pipe_ranks if self.schedule == "dualpipev" else 4
+        wanted = 2 * pipe_ranks if self.schedule == "dualpipev" else 4 if self.accumulation == 1 else pipe_ranks
         return 1 if self.strategy == "model_parallel" else min(wanted, self.micro_batch_size)
 
     @property
     def others_than_pipe(self) -> int:
-        return {"2d_pipeline": self.world_size // 2, "3d": self.world_size // 2}.get(self.strategy, 1)
+        """Product of the mesh's other axes."""
+        of_all = {"pipeline": 1, "model_parallel": 1, "2d_pipeline": self.world_size // 2, "3d": self.world_size // 2}
+        return of_all.get(self.strategy, self.world_size)
 
     @property
     def extras(self) -> list[str]:

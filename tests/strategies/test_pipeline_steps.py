@@ -14,7 +14,7 @@ from strategies.engines.link import Passed
 from strategies.engines.relay import NetCall
 from tests.agreement.cases import own
 from tests.agreement.test_agreement import train_case
-from tracking.agreement import compare
+from tracking.agreement import Draw, compare
 
 
 def disagreements(name: str, folder: Path, *words: str, **case: object) -> list[str]:
@@ -22,7 +22,7 @@ def disagreements(name: str, folder: Path, *words: str, **case: object) -> list[
     candidate_case = own(f"step_models.{name}", strategy="pipeline", **case)
     candidate = train_case([*candidate_case.overrides, *words], folder / "candidate")
     reference = train_case(candidate_case.reference_overrides, folder / "reference")
-    checks = compare(reference, reference, candidate, master="float32")
+    checks = compare([Draw(reference, reference)], candidate, master="float32")
     return [check.quantity for check in checks if check.difference > 1e-4]
 
 

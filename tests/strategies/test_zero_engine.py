@@ -18,7 +18,7 @@ from strategies.engines.extensions import deepspeed_extension, is_current
 from strategies.engines.precision import LossScale
 from tests.agreement.cases import Case, own
 from tests.agreement.test_agreement import train_case
-from tracking.agreement import compare
+from tracking.agreement import Draw, compare
 from tracking.record import RunRecord
 
 
@@ -192,7 +192,7 @@ def test_stage_3_agrees_on_whatever_blocks_there_are(name: str, checkpointing: s
     candidate = train_case(case.overrides, tmp_path / "candidate")
     exact = train_case(case.exact_overrides, tmp_path / "exact")
     reference = train_case(case.reference_overrides, tmp_path / "reference")
-    assert [check for check in compare(exact, reference, candidate, master="float32") if not check.passed] == []
+    assert [check for check in compare([Draw(exact, reference)], candidate, master="float32") if not check.passed] == []
     leaves = json.loads((tmp_path / "candidate/deepspeed.json").read_text())["zero_optimization"]["leaf_module"]
     safe = {"Blocks": ["net.1", "net.2"], "SharedByBlocks": [], "FrozenStem": ["net.2"], "BlocksFirst": ["net.1"]}
     assert leaves["names"] == safe[name]
@@ -255,5 +255,5 @@ def test_nvme_agrees_with_one_process_and_cleans_up(tmp_path: Path) -> None:
     candidate = train_case(case.overrides, tmp_path / "nvme-run")
     exact = train_case(case.exact_overrides, tmp_path / "exact")
     reference = train_case(case.reference_overrides, tmp_path / "reference")
-    assert [check for check in compare(exact, reference, candidate, master="float32") if not check.passed] == []
+    assert [check for check in compare([Draw(exact, reference)], candidate, master="float32") if not check.passed] == []
     assert not (tmp_path / "nvme-run/nvme").exists()
