@@ -20,7 +20,8 @@ from rich.table import Table
 from launch.compose import CONFIG_DIR, compose, quoted
 from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch, load_resolved
 from launch.entry import end_on_signals, one_line
-from launch.schema import ConfigError, RunConfig
+from launch.job import resolve
+from launch.schema import ConfigError, RunConfig, validate
 from tracking.agreement import (
     Certificate,
     Draw,
@@ -108,6 +109,7 @@ class Verifier:
 
     def certify(self, overrides: list[str], name: str) -> Certificate:
         """Compare the candidate that `overrides` describe with its references; the certificate lies in its folder."""
+        resolve(validate(compose([*VERIFY_OVERRIDES, *overrides])))  # a mistake is told before references are trained
         exact, reference = self.reference(overrides)
         candidate = self.run(overrides, name)
         precision, data = candidate.config.precision, reference.config.data
@@ -172,10 +174,10 @@ def verify(arguments: list[str]) -> int:
         for number, job in enumerate(jobs):
             try:
                 certificate = verifier.certify(job, f"{number}-candidate" if len(jobs) > 1 else "candidate")
-            except (RunFailedError, ConfigError) as error:
-                if len(jobs) == 1 and isinstance(error, ConfigError):
+            except (RunFailedError, ConfigError, HydraException) as error:
+                if len(jobs) == 1 and not isinstance(error, RunFailedError):
                     raise
-                print(f"{' '.join(job)}: {error}", file=sys.stderr)
+                print(f"{' '.join(job)}: {one_line(error)}", file=sys.stderr)
                 failed += 1
                 continue
             print_certificate(certificate, console)
