@@ -33,6 +33,19 @@ def test_every_spread_agrees_with_one_process(case: Case, tmp_path: Path, refere
     assert failed(checks_of(case, tmp_path, references)) == []
 
 
+COMPILED = [
+    GridCase(strategy="fsdp", compile=True),
+    GridCase(strategy="tensor", compile=True),
+    GridCase(strategy="pipeline", compile=True),
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiled_blocks_agree_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
+    assert failed(checks_of(case, tmp_path, references)) == []
+
+
 def failed(checks: list[Check]) -> list[Check]:
     assert {check.quantity for check in checks} == {"samples", "loss", "gradient norm", "weights", "validation loss"}
     return [check for check in checks if not check.passed]
