@@ -22,6 +22,7 @@ from launch.compose import REPOSITORY
 from launch.failure import first_failure, oom_kills
 from launch.job import Job, resolve
 from launch.lifeline import parented
+from launch.resume import resolve_resume
 from launch.schema import ConfigError, RunConfig, validate
 from tracking.status import RunStatus, ended, read_status, running
 
@@ -100,7 +101,7 @@ def prepare(
 
     World sizes are given by a rank of another launcher; of those, only the first is to `write` resolved.yaml.
     """
-    config = resolve(validate(tree), world_size, local_world_size)
+    config = resolve_resume(resolve(validate(tree), world_size, local_world_size))
     job = Job.of(config)
     try:
         job.data.prepare()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from datamodules.spec import Data
+from datamodules.spec import Data, SampledData
 from launch.hardware import gpus
 from launch.schema import ConfigError, RunConfig, build_spec
 from strategies.spec import Mesh, Run, Strategy
@@ -92,6 +92,7 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
     check_precision(config, accelerator)
     check_vocabulary(config)
     check_optimizer(config, accelerator)
+    check_checkpoint(config, strategy)
     threads = config.launcher.threads_per_rank
     if threads == "auto":
         threads = max(1, usable_cores() // (local_world_size or mesh.world_size))
@@ -192,6 +193,27 @@ def check_optimizer(config: RunConfig, accelerator: str) -> None:
             f"optimizer={config.choices.get('optimizer')} works in host memory, but strategy="
             f"{config.strategy['name']} keeps the optimizer on the GPU; set strategy.offload.optimizer=cpu (a ZeRO "
             f"strategy has it), or choose optimizer=adamw."
+        )
+
+
+def check_checkpoint(config: RunConfig, strategy: Strategy) -> None:
+    """What no checkpoint can hold yet is refused before a run relies on one."""
+    if config.resume is None and not config.checkpoint.saves:
+        return
+    asked = "checkpoint.every_steps, checkpoint.at_end" if config.resume is None else f"resume={config.resume}"
+    if strategy.unsaved:
+        raise ConfigError(
+            f"{asked}: no checkpoint holds {strategy.unsaved}, which strategy={strategy.name} has; choose "
+            f"strategy=zero3_offload."
+        )
+    if config.precision.compute == "float16":
+        raise ConfigError(
+            f"{asked}: the loss scale of precision={config.precision.name} is not saved; choose precision=bf16."
+        )
+    if not isinstance(build_spec(config.data, "data", Data), SampledData):
+        raise ConfigError(
+            f"{asked}: data={config.choices.get('data')} cannot be read from the middle on; choose a data that Concord "
+            f"orders, such as data=text."
         )
 
 

@@ -26,7 +26,10 @@ from strategies.spec import Precision
 from tracking.wandb_config import WandbConfig
 
 # Keys that may differ between two runs that train the same thing: how a run is watched, where it lies.
-NOT_IDENTITY = ("name", "run_dir", "evidence", "logger", "launcher", "status", "expect", "choices")
+NOT_IDENTITY = (
+    "name", "run_dir", "resume", "resume_despite", "evidence", "logger", "launcher", "checkpoint", "status", "expect",
+    "choices",
+)  # fmt: skip
 
 
 # Numbers of torch's optimizers and of our schedules: least value, bound that is not reached, whether it is a count.
@@ -64,12 +67,24 @@ class LauncherConfig(Section):
     timeout_s: float = Field(gt=0, le=7 * 24 * 3600)
 
 
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None
+    at_end: bool
+    keep_last: PositiveInt
+
+    @property
+    def saves(self) -> bool:
+        return self.at_end or self.every_steps is not None
+
+
 class RunConfig(Section):
     """One run. Sections with a `_target_` are built by `build_spec` (strategy, data) or by the worker (model)."""
 
     seed: int = Field(ge=0, lt=2**32)  # what torch and numpy both take
     name: str = Field(min_length=1)
     run_dir: str = Field(min_length=1)
+    resume: str | None  # a checkpoint, or a run folder that has one
+    resume_despite: list[str]  # keys that may differ from the run that wrote the checkpoint
     evidence: bool
     compile: bool
     trainer: TrainerConfig
@@ -81,6 +96,7 @@ class RunConfig(Section):
     precision: Precision
     logger: WandbConfig
     launcher: LauncherConfig
+    checkpoint: CheckpointConfig
     status: Literal["untested", "measured"] | None  # of a recipe
     expect: dict[str, float | str] | None  # of a measured recipe: what was seen, on what hardware, with what versions
     choices: dict[str, str | None]  # which file of each group was chosen; written by launch.compose

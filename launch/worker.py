@@ -40,6 +40,7 @@ from lightning.pytorch.strategies import Strategy
 
 from datamodules.loading import BatchDataset
 from datamodules.spec import SampledData
+from launch.checkpoints import Checkpoints
 from launch.dispatch import EXIT_FAILED, load_resolved
 from launch.failure import record_error
 from launch.job import Job, run_of
@@ -187,7 +188,7 @@ def train(
         engine = job.strategy.build(run_of(config, job.data, config.launcher.accelerator, stats))
         meter = build_meter(job, engine, size, peak_flops)
         progress = Progress(meter, terminal=terminal, log=log)
-        own: list[Callback] = [LeaveWord(job.run_dir, rank), ValidateAtEnd(), meter, progress]
+        own: list[Callback] = [LeaveWord(job.run_dir, rank), ValidateAtEnd(), meter, Checkpoints(job), progress]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
         build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())

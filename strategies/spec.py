@@ -231,6 +231,11 @@ class Strategy(ABC):
         """Names of DeepSpeed's C++ extensions that must be built before a run can start."""
         return ()
 
+    @property
+    def unsaved(self) -> str | None:
+        """What of it no checkpoint can hold, in words; None where there is nothing."""
+        return None
+
     @abstractmethod
     def check(self, run: Run) -> None:
         """Raise ValueError (key, value, fix) if this strategy, with its mesh resolved, cannot serve `run`."""

@@ -106,6 +106,12 @@ class Zero(Strategy):
         return self.activation_checkpointing != "none" and not self.gathers_blocks
 
     @property
+    def unsaved(self) -> str | None:
+        if self.extensions:
+            return "what it keeps on an NVMe disk"
+        return f"strategy.plus_plus.{self.plus_plus.chosen[0]}" if self.plus_plus.chosen else None
+
+    @property
     def extensions(self) -> tuple[str, ...]:
         return ("async_io",) if "nvme" in (self.offload.optimizer, self.offload.parameters) else ()
 

@@ -51,6 +51,9 @@ def test_commands_of_the_readme_run(clone: Path) -> None:
         if "resume_sweep=" in command:
             sweep = next((clone / "runs").glob("*/*-sweep"))
             words = [*words[:-1], f"resume_sweep={sweep}"]
+        elif "resume=" in command:
+            run_dir = next((clone / "runs").glob("*/*/checkpoints")).parent
+            words = [*words[:-1], f"resume={run_dir}", *SHORT_RUN, "trainer.max_steps=3"]
         else:
             words += SHORT_RUN if "train.py" in words[1] else ["trainer.max_steps=2"]
         if "data.tokenizer=bpe" in command:

@@ -70,6 +70,10 @@ class EvidenceRecorder(pl.Callback):
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "evidence"
         self.steps: list[StepEvidence] = [StepEvidence()]
+        self.first_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first_step = trainer.global_step  # of a run that goes on from a checkpoint
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -88,7 +92,7 @@ class EvidenceRecorder(pl.Callback):
         assert isinstance(loss, Tensor)
         # Lightning hands out the loss divided by the accumulation.
         self.steps[-1].losses.append(float(loss) * trainer.accumulate_grad_batches)
-        if trainer.global_step == len(self.steps):
+        if trainer.global_step - self.first_step == len(self.steps):
             self.steps.append(StepEvidence())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,11 +9,11 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -26,8 +26,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from strategies.boxes import Box, boxes_of_range
 from strategies.engines.averaging import AveragesExactly
 from strategies.engines.blocks import blocks_of, chain_of, rework
+from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.materialize import materialize
 from strategies.engines.precision import LossScale, autocast_inside, name
 from strategies.spec import Run
@@ -249,6 +251,65 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             scaled = combine_grad_norm_groups(optimizer._get_norm_groups())
         return torch.as_tensor(scaled / optimizer.loss_scale)
 
+    @property
+    def stepping(self) -> Optimizer:
+        return self.deepspeed_engine.optimizer.optimizer
+
+    def held(self) -> Iterator[Held]:
+        """What a checkpoint is made of: this rank's share of each parameter, in the format that is stepped."""
+        for fqn, buffer in persistent_buffers(self.module):
+            yield Held.whole(fqn, buffer, writes=self.is_global_zero)
+        parameters: Iterator[tuple[str, Any]] = self.module.named_parameters()
+        for fqn, parameter in parameters:
+            found = self.share_of(parameter) if self.spec.stage == 3 else self.fragment_of(parameter)
+            if found is None:
+                continue
+            shape = tuple(parameter.ds_shape if self.spec.stage == 3 else parameter.shape)
+            boxes = boxes_of_range(found.first, found.first + found.numel, shape)
+            is_copy = self.spec.stage < 3 and not parameter.requires_grad  # every rank has all of what is frozen
+            yield Held(
+                name=fqn,
+                shape=shape,
+                boxes=boxes,
+                stepped=found.flat,
+                select=found.views(boxes),
+                writes=self.is_global_zero or not is_copy,
+            )
+
+    def fragment_of(self, parameter: Any) -> Share | None:
+        """Stages 1 and 2 cut a flat tensor of all parameters; None of those that have none of this rank's cut."""
+        if not parameter.requires_grad:
+            return Share(parameter.data.view(-1), 0, 0, parameter.numel())
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self.deepspeed_engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Share(flat, here.start, there.start, there.numel)
+
+    def share_of(self, parameter: Any) -> Share | None:
+        """Stage 3 cuts each parameter by itself, padded so that all ranks have as much."""
+        optimizer, size = self.deepspeed_engine.optimizer, parameter.ds_tensor.ds_numel
+        first = self.global_rank * size
+        count = min(size, parameter.ds_numel - first)
+        if count <= 0:
+            return None
+        if not parameter.requires_grad:
+            return Share(parameter.ds_tensor.data.view(-1), 0, first, count)
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        return Share(optimizer.fp32_partitioned_groups_flat[group], offset, first, count)
+
+    def narrow(self) -> None:
+        optimizer = self.deepspeed_engine.optimizer
+        if self.spec.stage < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer.checkpoint_event_prologue()  # nothing may be gathered while shards change
+        for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+            optimizer._unflatten_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
 
@@ -258,6 +319,24 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.spec.stage == 3):
                 weight = parameter.detach().cpu().clone()
             yield fqn, weight
+
+
+class Share(NamedTuple):
+    """Where this rank keeps its elements of one parameter."""
+
+    flat: Tensor  # what the optimizer steps
+    start: int  # in `flat`
+    first: int  # of the flattened parameter
+    numel: int
+
+    def views(self, boxes: Sequence[Box]) -> Callable[[Tensor], Sequence[Tensor]]:
+        """Views of these boxes in anything of the layout of `flat`."""
+
+        def select(like_flat: Tensor) -> Sequence[Tensor]:
+            parts = like_flat.narrow(0, self.start, self.numel).split([box.numel for box in boxes])
+            return [part.view(box.shape) for part, box in zip(parts, boxes, strict=True)]
+
+        return select
 
 
 def leaf_blocks(module: pl.LightningModule) -> list[str]:

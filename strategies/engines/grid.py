@@ -14,19 +14,22 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from models.plan import Chain, ParallelPlan
+from strategies.boxes import Box
 from strategies.cutting import cut
 from strategies.engines import sharding, tensor
 from strategies.engines.averaging import AveragesExactly, share_buffers
 from strategies.engines.blocks import blocks_of, rework
+from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.link import Link
 from strategies.engines.materialize import Materializer
 from strategies.engines.pipeline import Pipeline, Stage
-from strategies.engines.precision import name, precision_plugin
+from strategies.engines.precision import name, narrow, precision_plugin
 from strategies.engines.shards import Shards, average, explain_empty
 from strategies.engines.steps import PipelinedSteps
 from strategies.engines.ties import Ties, find_ties
@@ -365,12 +368,55 @@ class GridEngine(AveragesExactly):
     def gradient_norm(self) -> Tensor:
         return self.shards.norm()
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def reshard(self) -> None:
         for part in sharding.sharded_parts(self.module) + (self.steps.sharded_roots if self.steps else []):
             part.reshard()  # validation leaves the last unit gathered
+
+    @property
+    def stepping(self) -> Optimizer:
+        return self.optimizers[0]
+
+    def held(self) -> Iterator[Held]:
+        """What a checkpoint is made of: the parts that this rank has, each written by one of those that have it."""
+        self.reshard()
+        for fqn, part in [*self.module.named_parameters(), *persistent_buffers(self.module)]:
+            box = box_of(part)
+            if box is not None:
+                yield Held(
+                    name=self.ties.owner_of.get(fqn, fqn),
+                    shape=tuple(part.shape),
+                    boxes=[box],
+                    stepped=self.shards.stepped_for(part),
+                    writes=part not in self.ties.duplicates and self.is_first_holder(part),
+                )
+
+    def is_first_holder(self, part: Tensor) -> bool:
+        """Whether this rank is the first of those data and tensor ranks that hold the same part."""
+        split: set[str] = set()
+        if isinstance(part, DTensor):
+            names = part.device_mesh.mesh_dim_names or ()
+            placed = zip(names, part.placements, strict=True)
+            split = {axis for axis, placement in placed if not placement.is_replicate()}
+        others = {"replicate", "shard", "tensor"} - split
+        return all(self.mesh.get_local_rank(axis) == 0 for axis in others)
+
+    def narrow(self) -> None:
+        narrow(self.precision_plugin)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        self.reshard()
         for fqn, parameter in self.module.named_parameters():
             weight = tensor.whole(parameter.detach())
             yield self.ties.owner_of.get(fqn, fqn), weight.cpu()
+
+
+def box_of(part: Tensor) -> Box | None:
+    """Which part of a tensor this rank has; None if that is nothing."""
+    if not isinstance(part, DTensor):
+        return Box.whole(part.shape)
+    shape, offset = compute_local_shape_and_global_offset(part.shape, part.device_mesh, part.placements)
+    box = Box(tuple(offset), tuple(start + size for start, size in zip(offset, shape, strict=True)))
+    return box if box.numel else None
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

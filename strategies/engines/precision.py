@@ -54,11 +54,27 @@ class MasterWeights(HalfPrecision):
             master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
         self._after_closure(model, optimizer)
         optimizer.step(**kwargs)
+        self.narrow()
+        for parameter, master in self.masters:
+            parameter.grad = master.grad = None  # Lightning zeroes what the optimizer has: the masters' alone
+        return result
+
+    def narrow(self) -> None:
+        """Let the weights be the masters', rounded."""
         with torch.no_grad():
             for parameter, master in self.masters:
                 parameter.copy_(master)
-                parameter.grad = master.grad = None  # Lightning zeroes what the optimizer has: the masters' alone
-        return result
+
+
+def masters_of(plugin: Precision) -> dict[Tensor, Tensor]:
+    """The copy that is stepped in place of each parameter; empty where parameters are stepped themselves."""
+    return dict(plugin.masters) if isinstance(plugin, MasterWeights) else {}
+
+
+def narrow(plugin: Precision) -> None:
+    """Round what has been loaded into the copies that are stepped, if there are any, into the parameters."""
+    if isinstance(plugin, MasterWeights):
+        plugin.narrow()
 
 
 class LossScale:

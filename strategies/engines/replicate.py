@@ -8,11 +8,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from strategies.engines.averaging import AveragesExactly
 from strategies.engines.blocks import blocks_of, rework
+from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.materialize import materialize
-from strategies.engines.precision import name, precision_plugin
+from strategies.engines.precision import masters_of, name, narrow, precision_plugin
 from strategies.spec import Run
 
 
@@ -43,6 +45,21 @@ class WholeModel(Strategy):
         # Squares of bfloat16 gradients are not summed in bfloat16.
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
         return torch.linalg.vector_norm(torch.stack(norms))
+
+    def held(self) -> Iterator[Held]:
+        """What a checkpoint is made of: all of it is on every rank, which write a part each."""
+        rank, world_size = self.module.trainer.global_rank, self.module.trainer.world_size
+        masters = masters_of(self.precision_plugin)
+        named = [(fqn, masters.get(parameter, parameter)) for fqn, parameter in self.module.named_parameters()]
+        for number, (fqn, tensor) in enumerate([*named, *persistent_buffers(self.module)]):
+            yield Held.whole(fqn, tensor, writes=number % world_size == rank)
+
+    @property
+    def stepping(self) -> Optimizer:
+        return self.optimizers[0]
+
+    def narrow(self) -> None:
+        narrow(self.precision_plugin)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for fqn, parameter in self.module.named_parameters():

@@ -59,6 +59,12 @@ class Shards:
         """Look again at what is stepped: a precision may have put master weights in place of the parts."""
         self.stepped: list[Tensor] = list(chain(*(group["params"] for group in self.optimizer.param_groups)))
 
+        self.by_parameter: dict[Tensor, Tensor] = dict(zip(chain(*self.parameters), self.stepped, strict=True))
+
+    def stepped_for(self, parameter: Tensor) -> Tensor:
+        """What the optimizer steps in place of a parameter; this rank's part itself where it is not stepped at all."""
+        return self.by_parameter.get(parameter, local(parameter.detach()))
+
     def take_gradients(self) -> None:
         self.is_first_step = False
         for parameter, part in zip(chain(*self.parameters), self.parts, strict=True):

@@ -1,0 +1,269 @@
+"""Writes and reads what a rank holds of a model and its optimizer, whatever the strategy spread them by."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from strategies.boxes import Box
+from strategies.checkpoint import File, Manifest, Part, Piece, Stored, begin, finish, merged
+
+# Formats as safetensors spells them.
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+Select = Callable[[Tensor], Sequence[Tensor]]
+
+
+def all_of_it(tensor: Tensor) -> Sequence[Tensor]:
+    return [tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What this rank holds of one parameter or buffer.
+
+    stepped: the tensor that the optimizer steps, or a buffer; the optimizer's state for it has the same layout.
+    select: views of `boxes` in anything of that layout.
+    writes: whether it is for this rank, of all that hold the same, to write it.
+    """
+
+    name: str  # FQN in the module
+    shape: tuple[int, ...]  # of the whole
+    boxes: Sequence[Box]
+    stepped: Tensor
+    select: Select = all_of_it
+    writes: bool = True
+
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor, *, writes: bool) -> Held:
+        shape = tuple(tensor.shape)
+        return cls(name=name, shape=shape, boxes=[Box.whole(shape)], stepped=tensor, writes=writes)
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a state dict would hold."""
+    saved = module.state_dict().keys()
+    return ((fqn, buffer) for fqn, buffer in module.named_buffers() if fqn in saved)
+
+
+Named = tuple[str, tuple[int, ...], Box, Tensor]
+
+
+def tensors_of(held: Held, optimizer: Optimizer) -> Iterator[Named]:
+    """Name, shape of the whole, box and tensor of a parameter's weight and of all that the optimizer keeps for it."""
+    for box, part in zip(held.boxes, held.select(held.stepped), strict=True):
+        yield f"weight/{held.name}", held.shape, box, part
+    for key, value in optimizer.state.get(held.stepped, {}).items():
+        name = f"state/{key}/{held.name}"
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {type(value).__name__} {key} for {held.name}, and only tensors can "
+                f"be saved; choose optimizer=adamw."
+            )
+        if value.shape == held.stepped.shape:
+            for box, part in zip(held.boxes, held.select(value), strict=True):
+                yield name, held.shape, box, part
+        else:  # a count of steps, say: the same on all ranks
+            yield name, tuple(value.shape), Box.whole(value.shape), value
+
+
+def write_rank(folder: Path, rank: int, named: Iterable[Named]) -> Part:
+    """Write this rank's tensors to a file of its own in an unfinished checkpoint."""
+    file = f"{rank}.safetensors"
+    tensors: dict[str, Stored] = {}
+    parts: list[Tensor] = []
+    for name, shape, box, part in named:
+        piece = Piece(file=file, key=str(len(parts)), start=box.start, stop=box.stop)
+        so_far = tensors[name].pieces if name in tensors else []
+        dtype = str(part.dtype).removeprefix("torch.")
+        tensors[name] = Stored(shape=shape, dtype=dtype, pieces=[*so_far, piece])
+        parts.append(part)
+    return Part(name=file, file=write_file(folder / file, parts), tensors=tensors)
+
+
+def write_file(path: Path, tensors: Sequence[Tensor]) -> File:
+    """Write tensors, called by their numbers, in the format of safetensors; one at a time is copied to host memory.
+
+    The format: length of the header in 8 bytes, the header as JSON, the tensors' bytes
+    (https://huggingface.co/docs/safetensors/index#format).
+    """
+    header, end = {}, 0
+    for number, tensor in enumerate(tensors):
+        start, end = end, end + tensor.nbytes
+        header[str(number)] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    hashed = sha256()
+    with path.open("wb") as file:
+        for block in chain([len(text).to_bytes(8, "little"), text], map(bytes_of, tensors)):
+            file.write(block)
+            hashed.update(block)
+    return File(size=8 + len(text) + end, sha256=hashed.hexdigest())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def save(
+    folder: Path,
+    named: Iterable[Named],
+    manifest: Callable[[dict[str, File], dict[str, Stored]], Manifest],
+    *,
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], object],
+) -> None:
+    """Make a checkpoint of what all ranks hold; collective.
+
+    Ranks tell each other what they wrote through the folder, which they share.
+    """
+    partial = begin(folder) if rank == 0 else folder.with_name(folder.name + ".partial")
+    barrier()
+    part = write_rank(partial, rank, named)
+    (partial / f"{rank}.json").write_text(part.model_dump_json())
+    barrier()
+    if rank == 0:
+        words = [partial / f"{other}.json" for other in range(world_size)]
+        parts = {part.name: part for part in (Part.model_validate(json.loads(word.read_text())) for word in words)}
+        for word in words:
+            word.unlink()
+        finish(folder, manifest({name: part.file for name, part in parts.items()}, merged(parts)))
+    barrier()
+
+
+class Reader:
+    """Reads boxes of a checkpoint's tensors from whichever files they lie in."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.files: dict[str, Any] = {}
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """ValueError if the checkpoint does not have all of that box."""
+        stored = self.manifest.tensors[name]
+        result = torch.empty(box.shape, dtype=getattr(torch, stored.dtype))
+        count = 0
+        for piece in stored.pieces:
+            common = box.overlap(piece.box)
+            if common is not None:
+                result[common.inside(box)] = self.open(piece.file).get_slice(piece.key)[common.inside(piece.box)]
+                count += common.numel
+        if count != box.numel:
+            raise ValueError(f"{self.folder}: of {name} it has {count} of the {box.numel} elements that are needed.")
+        return result
+
+    def open(self, file: str) -> Any:
+        if file not in self.files:
+            self.files[file] = self.stack.enter_context(safe_open(self.folder / file, framework="pt"))
+        return self.files[file]
+
+
+def make_state(optimizer: Optimizer, stepped: list[Tensor]) -> None:
+    """Have an optimizer make the state that it has after a first step, without stepping anything.
+
+    A step by gradients of zeros at a rate of 0, as torch.distributed.checkpoint does it.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    gradients = [tensor.grad for tensor in stepped]  # DeepSpeed's offload keeps its buffers there
+    for group in optimizer.param_groups:
+        group.update(params=[], lr=0.0)
+    optimizer.param_groups[0]["params"] = stepped
+    for tensor in stepped:
+        tensor.grad = torch.zeros_like(tensor)
+    optimizer.step()
+    for tensor, gradient in zip(stepped, gradients, strict=True):
+        tensor.grad = gradient
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update(before)
+
+
+def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> None:
+    """Fill what this rank holds from a checkpoint; ValueError if that is of another model or optimizer."""
+    known, held = reader.manifest.tensors, list(held)
+    stepped = {name.split("/", 2)[2] for name in known if name.startswith("state/")}
+    fresh = [one.stepped for one in held if one.name in stepped and not optimizer.state.get(one.stepped)]
+    make_state(optimizer, list({id(tensor): tensor for tensor in fresh}.values()))
+    kept = {name.split("/")[1] for name in known if name.startswith("state/")}
+    own = {key for one in held for key in optimizer.state.get(one.stepped, {})}
+    if own and own != kept:
+        raise ValueError(
+            f"resume={reader.folder}: its optimizer kept {', '.join(sorted(kept)) or 'nothing'}, and "
+            f"{type(optimizer).__name__} keeps {', '.join(sorted(own))}; choose the optimizer that wrote it."
+        )
+    for one in held:
+        for name, shape, box, tensor in tensors_of(one, optimizer):
+            if name in known and known[name].shape == shape:
+                with torch.no_grad():
+                    tensor.copy_(reader.read(name, box))
+            elif name in known or name.startswith("weight/"):
+                found = f"in shape {known[name].shape}, not {shape}" if name in known else "not at all"
+                raise ValueError(f"resume={reader.folder}: it has {name} {found}; give the model that wrote it.")
+            # Else the parameter had no gradient yet: what is kept of it is still zeros.
+
+
+def draws(rank: int, device: torch.device) -> Iterator[Named]:
+    """Where this rank's random number generators stand."""
+    kind, words, position, has_gauss, gauss = cast(tuple[str, Any, int, int, float], np.random.get_state())
+    assert kind == "MT19937"
+    version, own, next_gauss = random.getstate()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*words.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
+        "python": torch.tensor([version, *own], dtype=torch.int64),
+        "python_gauss": torch.tensor(float("nan") if next_gauss is None else next_gauss, dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    for key, tensor in tensors.items():
+        yield f"draws/{rank}/{key}", tuple(tensor.shape), Box.whole(tensor.shape), tensor
+
+
+def load_draws(reader: Reader, rank: int, device: torch.device) -> None:
+    """Put the generators back; those of a device only where the checkpoint was written on such a one."""
+
+    def read(key: str) -> Tensor:
+        name = f"draws/{rank}/{key}"
+        return reader.read(name, Box.whole(reader.manifest.tensors[name].shape))
+
+    torch.set_rng_state(read("torch"))
+    *words, position, has_gauss = read("numpy").tolist()
+    np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), position, has_gauss, float(read("numpy_gauss"))))
+    version, *own = read("python").tolist()
+    gauss = float(read("python_gauss"))
+    random.setstate((version, tuple(own), None if math.isnan(gauss) else gauss))
+    if device.type == "cuda" and f"draws/{rank}/cuda" in reader.manifest.tensors:
+        torch.cuda.set_rng_state(read("cuda"), device)

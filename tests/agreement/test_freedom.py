@@ -1,0 +1,137 @@
+"""A run that was saved under one strategy and goes on under another is the run that one process would have made."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
+from strategies.checkpoint import folder_of
+from tests.agreement.cases import Case, own
+from tests.agreement.grid_cases import GridCase
+from tests.agreement.test_agreement import deepspeed_imported, train_case  # noqa: F401  # an autouse fixture
+from tracking.agreement import Draw, compare
+from tracking.evidence import Evidence
+
+SAVED = 2  # of four optimizer steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeCase(GridCase):
+    """The same model and batch under every strategy; 20 samples, so that epochs end in the midst of steps."""
+
+    tied: bool = True
+
+    @property
+    def net(self) -> list[str]:
+        return [
+            *(word for word in super().net if not word.startswith(("data=", "model.net.num_layers="))),
+            "model.net.num_layers=4",
+            "data=synthetic",
+            "data.num_samples=20",
+        ]
+
+
+FREE = {
+    case.strategy: case
+    for case in (
+        FreeCase(strategy="single", world_size=1),
+        FreeCase(strategy="ddp", world_size=2, accumulation=2),
+        FreeCase(strategy="zero1", world_size=2),
+        FreeCase(strategy="zero2", world_size=4),
+        FreeCase(strategy="zero3", world_size=2, accumulation=2),
+        FreeCase(strategy="zero3_offload", world_size=2),
+        FreeCase(strategy="fsdp", world_size=4),
+        FreeCase(strategy="tensor", world_size=2, accumulation=4),
+        FreeCase(strategy="pipeline", world_size=4, schedule="1f1b"),
+        FreeCase(strategy="3d", world_size=8),
+    )
+}
+# Every strategy is left for another and resumed from another.
+PAIRS = list(itertools.pairwise([*FREE, "single"]))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Evidence]]:
+    """Run folder and evidence of an uninterrupted run of a strategy, saved on the way."""
+    runs: dict[str, tuple[Path, Evidence]] = {}
+
+    def run(strategy: str) -> tuple[Path, Evidence]:
+        if strategy not in runs:
+            folder = tmp_path_factory.mktemp("saved") / "run"
+            words = [*FREE[strategy].overrides, f"checkpoint.every_steps={SAVED}"]
+            runs[strategy] = folder, train_case(words, folder)
+        return runs[strategy]
+
+    return run
+
+
+def resumed(run_dir: Path, strategy: str, folder: Path) -> Evidence:
+    return train_case([*FREE[strategy].overrides, f"resume='{folder_of(run_dir, SAVED)}'"], folder)
+
+
+def joined(before: Evidence, after: Evidence) -> Evidence:
+    """The history of a run that was interrupted."""
+    return Evidence(
+        samples=before.samples[:SAVED] + after.samples,
+        losses=before.losses[:SAVED] + after.losses,
+        gradient_norms=before.gradient_norms[:SAVED] + after.gradient_norms,
+        val_losses=after.val_losses,
+        weights=after.weights,
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_what_one_strategy_saves_another_goes_on_with(
+    first: str, second: str, tmp_path: Path, saved: Callable, references: Callable
+) -> None:
+    run_dir, before = saved(first)
+    history = joined(before, resumed(run_dir, second, tmp_path / "second"))
+    assert len(history.losses) == 4
+    draws: list[Draw] = [references(FREE["single"], size) for size in (32, 16)]
+    assert [check for check in compare(draws, history, master="float32") if not check.passed] == []
+
+
+@pytest.mark.parametrize("strategy", [name for name in FREE if name != "3d"])
+def test_the_same_strategy_goes_on_as_if_nothing_had_been(strategy: str, tmp_path: Path, saved: Callable) -> None:
+    run_dir, whole = saved(strategy)
+    assert same(resumed(run_dir, strategy, tmp_path), whole)
+
+
+ODD = [
+    own("DropsOut", strategy="ddp"),
+    own("step_models.NoisyIdentity", strategy="pipeline"),
+    own("HasStatistics", strategy="zero2"),
+    own("ResNet", strategy="fsdp", optimizer="sgd"),
+    own("FrozenStem", strategy="zero2"),
+    own("FrozenStem", strategy="zero3"),
+    own("part_models.FrozenFirstHalf", strategy="fsdp"),
+    Case(strategy="ddp", precision="bf16_master"),
+    Case(strategy="zero3", precision="bf16_master"),
+    Case(strategy="fsdp", precision="bf16_master", tied=True),
+]
+
+
+@pytest.mark.parametrize("case", ODD, ids=str)
+def test_what_is_random_frozen_counted_or_rounded_goes_on_as_if_nothing_had_been(case: Case, tmp_path: Path) -> None:
+    whole = train_case([*case.overrides, f"checkpoint.every_steps={SAVED}"], tmp_path / "whole")
+    after = train_case([*case.overrides, f"resume='{folder_of(tmp_path / 'whole', SAVED)}'"], tmp_path / "after")
+    assert same(after, whole)
+
+
+def same(after: Evidence, whole: Evidence) -> bool:
+    """Whether the second half of a run is, bit for bit, that of the run which was not interrupted."""
+    scalars = (
+        (after.samples, whole.samples[SAVED:]),
+        (after.losses, whole.losses[SAVED:]),
+        (after.gradient_norms, whole.gradient_norms[SAVED:]),
+        (after.val_losses, whole.val_losses),
+    )
+    weights = zip(after.weights, whole.weights, strict=True)
+    return all(ours == theirs for ours, theirs in scalars) and all(
+        ours.keys() == theirs.keys() and all(np.array_equal(ours[fqn], theirs[fqn]) for fqn in ours)
+        for ours, theirs in weights
+    )
