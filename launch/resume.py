@@ -11,6 +11,7 @@ from strategies.checkpoint import MANIFEST, Manifest, checkpoints
 
 # Sections that decide what is trained on what. Keys of these that change no sample and no weight may differ.
 TRAINED = ("model", "data")
+STEPPED = ("model.optimizer.", "model.scheduler.")  # how it is trained may change on the way
 FREE = {
     "model.net.loss_chunk_tokens",
     "data.micro_batch_size",
@@ -69,6 +70,5 @@ def check_same(manifest: Manifest, config: RunConfig) -> None:
 def trained(config: RunConfig) -> dict[str, Any]:
     """By their dotted keys, the values that decide what is trained on what."""
     tree = config.model_dump()
-    return {"seed": config.seed} | {
-        key: value for section in TRAINED for key, value in leaves(tree[section], f"{section}.")
-    }
+    every = [pair for section in TRAINED for pair in leaves(tree[section], f"{section}.")]
+    return {key: value for key, value in every if not key.startswith(STEPPED)}

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -120,14 +121,16 @@ def write_file(path: Path, tensors: Sequence[Tensor]) -> File:
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
     hashed = sha256()
     with path.open("wb") as file:
-        for block in chain([len(text).to_bytes(8, "little"), text], map(bytes_of, tensors)):
+        blocks: Iterator[Any] = chain([len(text).to_bytes(8, "little"), text], map(bytes_of, tensors))
+        for block in blocks:
             file.write(block)
             hashed.update(block)
     return File(size=8 + len(text) + end, sha256=hashed.hexdigest())
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """A tensor's elements as they lie in (host) memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def save(

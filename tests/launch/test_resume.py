@@ -31,7 +31,8 @@ def test_another_strategy_goes_on_at_the_next_step(saved: Path) -> None:
     run = train(saved, *GO_ON, *words)
     assert run.returncode == 0, run.stderr
     assert load_resolved(saved / "second").resume == str(saved / "first/checkpoints/step-00000004")
-    rows = list(csv.DictReader((saved / "second/metrics.csv").open()))
+    with (saved / "second/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row["train/loss"]] == ["5", "6"]
     assert [path.name for path in checkpoints(saved / "second")] == ["step-00000006"]
 
@@ -44,7 +45,7 @@ REFUSED = {
         ["resume=first", "data.global_batch_size=16"],
         ["data.global_batch_size=16", "data.global_batch_size=8", "resume_despite=[data.global_batch_size]"],
     ),
-    "another seed": (["resume=first", "seed=2"], ["seed=2", "seed=1"]),
+    "another order": (["resume=first", "seed=2"], ["data.seed=2", "data.seed=1"]),
     "what is on a disk of its own": (
         ["resume=first", "strategy=zero3_nvme", "strategy.offload.nvme_path=."],
         ["strategy=zero3_nvme", "strategy=zero3_offload"],
@@ -69,7 +70,7 @@ def test_what_does_not_fit_is_one_line_before_anything_starts(
 
 def test_key_that_may_differ_is_named(saved: Path, tmp_path: Path) -> None:
     """What is refused otherwise gets further: to the next thing that does not fit."""
-    words = [f"resume='{saved / 'first'}'", "seed=2", "resume_despite=[seed]", "trainer.max_steps=3"]
+    words = [f"resume='{saved / 'first'}'", "seed=2", "resume_despite=[data.seed]", "trainer.max_steps=3"]
     run = train(tmp_path, *GO_ON, *words, "run_dir=run")
     assert "trainer.max_steps=3" in run.stderr
 
