@@ -31,9 +31,10 @@ from tests.strategies.own_models import Blocks
 
 STEPS = 5  # the first is not timed: it allocates, and makes the connections
 TOLERANCE = 0.1
-# A step's other work (Lightning, optimizer, messages) is 10 to 20 ms on a machine that others use, too: against it
+# A step's other work (Lightning, optimizer, messages) is 10 to 50 ms on a machine that others use, too: against it
 # blocks sleep so long, and steps in all.
-LEAST_BLOCK_S, LEAST_STEP_S = 0.04, 0.4
+LEAST_BLOCK_S, LEAST_STEP_S = 0.04, 1.0
+MORE_TRIES = 2  # what else the machine does can only make a step of sleeps longer: the shortest counts
 
 pytestmark = pytest.mark.alone
 
@@ -199,8 +200,11 @@ def ratios(tmp_path_factory: pytest.TempPathFactory) -> Ratios:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_step_takes_as_long_as_its_schedule_says(setting: Setting, ratios: Ratios, tmp_path: Path) -> None:
     expected = pytest.approx(theory(setting, tmp_path / "theory"), rel=TOLERANCE)
-    if ratios[setting] != expected:
-        assert measure([setting], tmp_path)[setting] == expected
+    found = ratios[setting]
+    for more in range(MORE_TRIES):
+        if found != expected:
+            found = min(found, measure([setting], tmp_path / str(more))[setting])
+    assert found == expected
 
 
 def test_naive_split_takes_as_long_as_one_rank_would(tmp_path: Path) -> None:
