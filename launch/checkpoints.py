@@ -77,8 +77,7 @@ class Checkpoints(pl.Callback):
             barrier=trainer.strategy.barrier,
         )
         if trainer.is_global_zero:
-            for _ in sweep(self.job.run_dir, self.config.keep_last):
-                pass
+            sweep(self.job.run_dir, self.config.keep_last)
 
     def named(self, trainer: pl.Trainer, engine: Holds) -> Iterator[Named]:
         for held in engine.held():

@@ -9,9 +9,9 @@ from typing import Any
 from launch.schema import ConfigError, RunConfig, leaves
 from strategies.checkpoint import MANIFEST, Manifest, checkpoints
 
-# Sections that decide what is trained on what. Keys of these that change no sample and no weight may differ.
-TRAINED = ("model", "data")
+TRAINED = ("model", "data")  # sections that decide what is trained on what
 STEPPED = ("model.optimizer.", "model.scheduler.")  # how it is trained may change on the way
+# Keys that change no training sample and no weight.
 FREE = {
     "model.net.loss_chunk_tokens",
     "data.micro_batch_size",

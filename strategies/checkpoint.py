@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,13 +79,6 @@ class Manifest(Strict):
     schedulers: list[dict[str, Any]]
     files: dict[str, File]
     tensors: dict[str, Stored]
-
-    @property
-    def world_size(self) -> int:
-        size = 1
-        for axis in self.mesh.values():
-            size *= axis
-        return size
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -182,10 +175,9 @@ def merged(parts: Mapping[str, Part]) -> dict[str, Stored]:
     return tensors
 
 
-def sweep(run_dir: Path, keep: int) -> Iterator[Path]:
-    """Remove all but the newest `keep` checkpoints, and what unfinished ones have left; yields what was removed."""
+def sweep(run_dir: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what unfinished ones have left."""
     for partial in (run_dir / "checkpoints").glob(f"*{PARTIAL}"):
         shutil.rmtree(partial, ignore_errors=True)
     for folder in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
-        yield folder

@@ -107,7 +107,7 @@ def test_unfinished_checkpoint_is_not_found_and_swept(tmp_path: Path) -> None:
     first, second = write(tmp_path, 3, halves()), write(tmp_path, 12, halves())
     partial = begin(folder_of(tmp_path, 20))
     assert checkpoints(tmp_path) == [first, second]
-    assert list(sweep(tmp_path, keep=1)) == [first]
+    sweep(tmp_path, keep=1)
     assert checkpoints(tmp_path) == [second]
     assert not partial.exists()
 
