@@ -58,6 +58,12 @@ class ImageData(SampledData):
             self._read_idx("train")
             self._read_idx("t10k")
 
+    def source_files(self) -> list[Path]:
+        if self.folder is None:
+            return []
+        folder = Path(self.folder).expanduser()
+        return [_find(folder, name) for split in ("train", "t10k") for name in _names(split)]
+
     def train_samples(self) -> ImageSamples:
         images, labels = self._read("train")
         return ImageSamples(images, labels, _standardised(images))
@@ -78,8 +84,7 @@ class ImageData(SampledData):
 
     def _read_idx(self, split: str) -> tuple[Pixels, NDArray[np.int64]]:
         folder = Path(self.folder or "").expanduser()
-        images_path = _find(folder, f"{split}-images-idx3-ubyte")
-        labels_path = _find(folder, f"{split}-labels-idx1-ubyte")
+        images_path, labels_path = (_find(folder, name) for name in _names(split))
         images, labels = read_idx(images_path, num_dims=3), read_idx(labels_path, num_dims=1)
         if len(images) != len(labels) or len(images) == 0:
             raise ValueError(
@@ -130,6 +135,11 @@ def read_idx(path: Path, *, num_dims: int) -> Pixels:
             "fetch it again."
         )
     return np.frombuffer(raw, dtype=np.uint8, offset=header_bytes).reshape(shape)
+
+
+def _names(split: str) -> tuple[str, str]:
+    """What MNIST calls the images and the labels of `train` or `t10k`."""
+    return f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
 
 
 def _find(folder: Path, name: str) -> Path:

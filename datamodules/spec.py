@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from datamodules.order import Indices
+from datamodules.reading import file_digest
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -73,6 +76,15 @@ class SampledData(Data):
     @abstractmethod
     def val_samples(self) -> Samples:
         """The whole validation split; `max_val_samples` thins it out later."""
+
+    def source_files(self) -> list[Path]:
+        """The files that it is read from, in their order; none where the settings alone say what it is."""
+        return []
+
+    def digest(self) -> str | None:
+        """A digest of the content of `source_files`; None where there is none. ValueError if one cannot be read."""
+        digests = [file_digest(path) for path in self.source_files()]
+        return sha256("".join(digests).encode()).hexdigest() if digests else None
 
     def build(self) -> LightningDataModule:
         from datamodules.loading import SampleDataModule

@@ -64,6 +64,9 @@ class TextData(SampledData):
         self.train_samples()
         self.val_samples()
 
+    def source_files(self) -> list[Path]:
+        return find_files(self.files)
+
     def train_samples(self) -> TokenSamples:
         return self._samples("train", "give more text, or lower data.sequence_length.")
 

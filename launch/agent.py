@@ -1,6 +1,6 @@
 """torchrun's agent for one run: starts the ranks, ends all when one fails, and writes down how each one ended.
 
-Run by the dispatcher as `python -m launch.agent <run folder> <number of ranks>`.
+Run by the dispatcher as `python -m launch.agent <run folder> <number of ranks> fork|exec`; the last is how ranks start.
 """
 
 import os
@@ -10,15 +10,21 @@ from launch.lifeline import die_with_parent, parented
 
 die_with_parent()  # before the seconds that importing torch takes
 
+FORKS = sys.argv[3] == "fork"
+if FORKS:
+    import launch.worker  # noqa: F401  # before torch is here: a run's time counts from its first lines
+
 import json
 import logging
 import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 EXIT_RANK_FAILED = 1
@@ -52,8 +58,27 @@ def run_ranks(run_dir: Path, num_ranks: int) -> dict[int, int]:
     return {}
 
 
+def start_by_fork(run_dir: Path) -> None:
+    """Let the agent fork each rank of this run where it would execute `python -m launch.worker`.
+
+    torchrun's own forks are for functions: of those that fail it names one, it gives the others 30 s to end, and calls
+    no excepthook. So to the agent a rank stays a program; it is only born in another way.
+    """
+    from launch.fork import Forked, become_rank, preload
+
+    job = preload(run_dir)
+
+    class ForkedRank(SubprocessHandler):
+        def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
+            return Forked(lambda: become_rank(job, env))
+
+    api.get_subprocess_handler = ForkedRank  # type: ignore[assignment]
+
+
 def main() -> int:
     run_dir, num_ranks = Path(sys.argv[1]), int(sys.argv[2])
+    if FORKS:
+        start_by_fork(run_dir)
     try:
         failed = run_ranks(run_dir, num_ranks)
     except SignalException as error:

@@ -18,12 +18,16 @@ import yaml
 from datamodules.order import evaluation_batches
 from datamodules.spec import SampledData
 from launch import preflight
+from launch.claim import claim_folder
 from launch.compose import REPOSITORY
 from launch.failure import first_failure, oom_kills
 from launch.job import Job, resolve
 from launch.lifeline import parented
-from launch.resume import resolve_resume
+from launch.resume import check_resumed_data, resolve_resume
 from launch.schema import ConfigError, RunConfig, validate
+from launch.signals import TerminatedError, ask_to_end, asked_by, ended_path, last_word
+from launch.start import resolve_weights
+from tracking.record import RunRecord
 from tracking.status import RunStatus, ended, read_status, running
 
 # What a launcher leaves in the environment of its processes; a run of ours inherits none of it.
@@ -42,31 +46,43 @@ EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
 
-def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]]) -> RunStatus:
+def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], *, again: bool = False) -> RunStatus:
     """Run the config that `make_tree` composes to its end: check, write resolved.yaml, start the ranks, wait.
+
+    With `again`, the run may go on in a folder that an earlier attempt has left.
 
     Never raises for a mistake of the user's or a failure of the run: both are in the returned status, and but for
     a folder that belongs to another run, in the run folder's status.json. Lets KeyboardInterrupt through.
     """
     status = running(name, name)
+    if again and (done := complete(run_dir, make_tree)):
+        return done
     try:
-        claim_folder(run_dir)
+        claim_folder(run_dir, status, again=again)
     except ConfigError as error:
         return ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
     try:
         job = prepare({**make_tree(), "run_dir": str(run_dir)})
-        status.write(run_dir)
         final = run_agent(job, status)
     except ConfigError as error:
         return refuse(run_dir, status, error)
     except KeyboardInterrupt as error:
-        ended(status, "interrupted", error=str(error) or "interrupted by Ctrl-C", exit_code=EXIT_INTERRUPTED).write(
-            run_dir
-        )
+        code = error.exit_code if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
+        word = str(error) or "interrupted by Ctrl-C"
+        ended(status, "interrupted", error=word, exit_code=code).write(run_dir)
         raise
     with suppress(OSError):  # on a full disk the line on the terminal and the exit code must do
         final.write(run_dir)
     return final
+
+
+def complete(run_dir: Path, make_tree: Callable[[], dict[str, Any]]) -> RunStatus | None:
+    """The status of a run that has already taken all the steps it is asked for; None where there is more to do."""
+    status = read_status(run_dir)
+    if status is None or status.state != "completed":
+        return None
+    steps = RunRecord.read(run_dir / "record.json").results.steps
+    return status if make_tree()["trainer"]["max_steps"] <= steps else None
 
 
 def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
@@ -79,21 +95,6 @@ def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
     return final
 
 
-def claim_folder(run_dir: Path) -> None:
-    """Make the run folder; ConfigError if it cannot be written or holds another run."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "ranks").mkdir()
-    except FileExistsError:
-        other = read_status(run_dir)
-        raise ConfigError(
-            f"run_dir={run_dir} already holds another run ({other.state if other else 'without a status'}); "
-            f"choose another run_dir."
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another run_dir.") from None
-
-
 def prepare(
     tree: dict[str, Any], world_size: int | None = None, local_world_size: int | None = None, *, write: bool = True
 ) -> Job:
@@ -101,11 +102,12 @@ def prepare(
 
     World sizes are given by a rank of another launcher; of those, only the first is to `write` resolved.yaml.
     """
-    config = resolve_resume(resolve(validate(tree), world_size, local_world_size))
+    config = resolve_resume(resolve_weights(resolve(validate(tree), world_size, local_world_size)))
     job = Job.of(config)
     try:
         job.data.prepare()
         check_validation(job)
+        digest = job.data.digest() if isinstance(job.data, SampledData) else None
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except IndexError:  # what pathlib makes of a pattern such as /
@@ -113,6 +115,9 @@ def prepare(
         raise ConfigError(f"data.files={files} is no pattern of files; give one such as 'books/*.txt'.") from None
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}; free some space, or correct the path.") from None
+    config = config.model_copy(update={"data_digest": digest})
+    check_resumed_data(config)
+    job = Job.of(config)
     if job.strategy.needs or config.compile:
         preflight.check_model(config, environment(config))
     if job.extensions:
@@ -138,14 +143,18 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
     """Start torchrun's agent for the job, wait for it, and name the cause if it failed."""
     print(headline(job), flush=True)
     oom_kills_before = oom_kills()
-    command = [sys.executable, "-m", "launch.agent", str(job.run_dir), str(job.world_size)]
+    start = "fork" if job.config.launcher.accelerator == "cpu" else "exec"  # CUDA does not survive a fork
+    command = [sys.executable, "-m", "launch.agent", str(job.run_dir), str(job.world_size), start]
     # A session of its own: Ctrl-C reaches the dispatcher alone, which ends the ranks in order.
     process = subprocess.Popen(command, env=environment(job.config), start_new_session=True)
     with ending(process):
-        code = process.wait()
+        code = wait(process, job)
+    if code == 0 and ended_path(job.run_dir).exists():
+        number = asked_by(job.run_dir, is_first=True)
+        raise TerminatedError(number, last_word(job.run_dir, number))
     if code == 0:
         return ended(status, "completed")
-    failure = first_failure(job.run_dir, oom_kills_before)
+    failure = first_failure(job.run_dir, job.world_size, oom_kills_before)
     if failure is None:
         word = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
         error = f"the agent that runs the ranks {word}; see {job.run_dir / 'ranks'}"
@@ -154,6 +163,19 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
     if shutil.disk_usage(job.run_dir).free < FULL_BYTES:
         error = f"run_dir={job.run_dir}: its disk is full; free some space or choose another. Then: {error}"
     return ended(status, "failed", error=error, exit_code=EXIT_FAILED)
+
+
+def wait(process: subprocess.Popen[bytes], job: Job) -> int:
+    """The agent's exit code; on a signal, after the run has saved its last step, if it can be saved."""
+    try:
+        return process.wait()
+    except TerminatedError as error:
+        if job.unsaved is not None:
+            raise
+        ask_to_end(job.run_dir, error.number)
+        name = signal.Signals(error.number).name
+        print(f"{name}: saving the next step, then ending; a second signal ends the run at once.", file=sys.stderr)
+    return process.wait()
 
 
 def headline(job: Job) -> str:

@@ -1,7 +1,6 @@
 """What `python train.py` does around Hydra: one line for a mistake, one exit code, one table after a sweep."""
 
 import math
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.compose import quoted, tree_of
 from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch
-from launch.schema import ConfigError
-from launch.sweep import SweepTable, print_sweep, set_aside
+from launch.schema import AUTO, ConfigError
+from launch.signals import TerminatedError, end_on_signals
+from launch.sweep import SweepTable, print_sweep
 from tracking.record import RunRecord
 from tracking.report import print_runs
 from tracking.sources import read_run
@@ -34,11 +34,14 @@ def run_job(config: DictConfig) -> float:
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
     OmegaConf.set_struct(config, False)
-    status = earlier(run_dir) if config.pop("resume_sweep") is not None else None
+    status = None
+    if config.pop("resume_sweep") is not None:
+        status = earlier(run_dir)
+        config.resume = config.resume or AUTO
     if status is None:
         prepare_tree(config, hydra, run_dir)
         name = str(OmegaConf.select(config, "strategy.name"))
-        status = dispatch(run_dir, name, lambda: tree_of(config, hydra))
+        status = dispatch(run_dir, name, lambda: tree_of(config, hydra), again=config.resume == AUTO)
     in_sweep = hydra.mode == RunMode.MULTIRUN
     if status.error:
         print(f"{run_dir.name + ': ' if in_sweep else ''}{status.error}", file=sys.stderr)
@@ -58,15 +61,13 @@ def prepare_tree(config: DictConfig, hydra: Any, run_dir: Path) -> None:
 
 
 def earlier(run_dir: Path) -> RunStatus | None:
-    """Of a resumed sweep's job: its status if it completed or still runs, else None, its folder set aside."""
+    """Of a resumed sweep's job: its status if it completed or still runs, else None."""
     status = read_status(run_dir)
     if status is not None and status.state == "completed":
         return status
     if status is not None and status.state == "running":
         error = f"run_dir={run_dir} still runs; wait for the sweep's end before resuming it."
         return status.model_copy(update={"error": error, "exit_code": EXIT_REFUSED})
-    if any(run_dir.iterdir()):
-        set_aside(run_dir)
     return None
 
 
@@ -97,24 +98,6 @@ def resumed_argv(argv: list[str]) -> list[str]:
         f"hydra.sweep.dir={quoted(sweep_dir)}",
         f"resume_sweep={quoted(sweep_dir)}",
     ]
-
-
-class TerminatedError(KeyboardInterrupt):
-    """A signal asked this process to end; it ends as on Ctrl-C, with the ranks ended and the status written."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
-
-
-def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end a run in order; their default would leave its ranks to be killed."""
-
-    def end(number: int, frame: object) -> None:
-        raise TerminatedError(number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
 
 
 def run_application(application: Callable[[], None]) -> int:

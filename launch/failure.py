@@ -4,22 +4,26 @@ import json
 import signal
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.hang import judge
 from launch.output import log_path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    rank: int
+    rank: int | None  # None where it is no single rank's
     cause: str  # one line: an exception with its message, or a signal
     user_error: bool = False  # the message is meant for the user as it stands
 
     def line(self, run_dir: Path, world_size: int) -> str:
         if self.user_error:
             return self.cause
+        if self.rank is None:
+            return f"{world_size} ranks {self.cause}; see {run_dir / 'ranks'}"
         return f"rank {self.rank} of {world_size} {self.cause}; see {log_path(run_dir, self.rank)}"
 
 
@@ -75,23 +79,36 @@ def signal_cause(number: int, oom_kills_before: int) -> str:
     return f"was killed by {name}"
 
 
-def first_failure(run_dir: Path, oom_kills_before: int) -> Failure | None:
+def raised(words: Sequence[tuple[Any, int]]) -> Failure | None:
+    """The first of the exceptions that ranks have left word of."""
+    if not words:
+        return None
+    word, rank = min(words, key=lambda pair: pair[0]["time"])
+    cause = word["message"] if word["user_error"] else word["cause"]
+    return Failure(rank=rank, cause=cause, user_error=word["user_error"])
+
+
+def first_failure(run_dir: Path, world_size: int, oom_kills_before: int) -> Failure | None:
     """The failure that came first: a signal (other than the agent's SIGTERM) before any exception, then by time.
 
     A rank that dies by a signal leaves no word, while its peers then complain of a lost connection: so signals lead.
+    When ranks have said that the run hangs, that is the cause, unless an exception came before; what signals then end
+    is what does not answer.
     """
+    paths = run_dir.glob("ranks/*.error.json")
+    words = [(word, int(path.name.split(".")[0])) for path in paths if (word := read_word(path)) is not None]
+    hang = judge(run_dir, world_size)
+    if hang is not None:
+        words = [(word, rank) for word, rank in words if word["time"] < hang.time]
+        return raised(words) or Failure(rank=hang.rank, cause=hang.cause)
     codes = {int(rank): code for rank, code in (read_word(run_dir / "ranks" / "exit_codes.json") or {}).items()}
     for rank, code in sorted(codes.items()):
         if code < 0 and -code != signal.SIGTERM:
             return Failure(rank=rank, cause=signal_cause(-code, oom_kills_before))
-    paths = run_dir.glob("ranks/*.error.json")
-    words = [(word, int(path.name.split(".")[0])) for path in paths if (word := read_word(path)) is not None]
     # The agent lists the ranks that fell first; what the others then say is the echo of it.
     words = [(word, rank) for word, rank in words if not codes or rank in codes]
-    if words:
-        word, rank = min(words, key=lambda pair: pair[0]["time"])
-        cause = word["message"] if word["user_error"] else word["cause"]
-        return Failure(rank=rank, cause=cause, user_error=word["user_error"])
+    if first := raised(words):
+        return first
     for rank, code in sorted(codes.items()):
         cause = signal_cause(-code, oom_kills_before) if code < 0 else f"left with exit code {code}"
         return Failure(rank=rank, cause=cause)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from datamodules.spec import Data, SampledData
 from launch.hardware import gpus
-from launch.schema import ConfigError, RunConfig, build_spec
+from launch.schema import AUTO, ConfigError, RunConfig, build_spec
 from strategies.spec import Mesh, Run, Strategy
 from tracking.record import usable_cores
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # CUDA devices below this have no bfloat16 arithmetic (NVIDIA CUDA C++ Programming Guide, compute capabilities).
 BFLOAT16_CAPABILITY = 8.0
+
+# A collective gives up later than the watchdog ends the run: its error would not name the rank that it waits for.
+COLLECTIVE_MARGIN_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,11 @@ class Job:
         mode = self.strategy.activation_checkpointing
         words = {f"strategy.activation_checkpointing={mode}": mode != "none", "compile=true": self.config.compile}
         return tuple(word for word, asked in words.items() if asked)
+
+    @property
+    def unsaved(self) -> str | None:
+        """What of it no checkpoint can hold, and what to choose instead; None where there is nothing."""
+        return unsaved(self.config, self.strategy, self.data)
 
     @classmethod
     def of(cls, config: RunConfig) -> Job:
@@ -115,7 +123,7 @@ def run_of(config: RunConfig, data: Data, accelerator: str, stats: ModelStats | 
         precision=config.precision,
         seed=config.seed,
         accelerator=accelerator,
-        timeout_s=config.launcher.timeout_s,
+        timeout_s=config.launcher.timeout_s + COLLECTIVE_MARGIN_S,
         micro_batch_size=data.micro_batch_size,
         compile=config.compile,
         stats=stats,
@@ -197,24 +205,28 @@ def check_optimizer(config: RunConfig, accelerator: str) -> None:
 
 
 def check_checkpoint(config: RunConfig, strategy: Strategy) -> None:
-    """What no checkpoint can hold yet is refused before a run relies on one."""
-    if config.resume is None and not config.checkpoint.saves:
+    """What no checkpoint can hold is refused before a run relies on one."""
+    if config.resume in (None, AUTO) and not config.checkpoint.asked:
         return
-    asked = "checkpoint.every_steps, checkpoint.at_end" if config.resume is None else f"resume={config.resume}"
+    reason = unsaved(config, strategy, build_spec(config.data, "data", Data))
+    if reason:
+        keys = "checkpoint.every_steps, every_minutes, keep_best, at_end"
+        raise ConfigError(f"{keys if config.checkpoint.asked else f'resume={config.resume}'}: {reason}")
+
+
+def unsaved(config: RunConfig, strategy: Strategy, data: Data) -> str | None:
+    """What of a run no checkpoint can hold, and what to choose instead; None where there is nothing."""
     if strategy.unsaved:
-        raise ConfigError(
-            f"{asked}: no checkpoint holds {strategy.unsaved}, which strategy={strategy.name} has; choose "
+        return (
+            f"no checkpoint holds {strategy.unsaved}, which strategy={strategy.name} has; choose "
             f"strategy=zero3_offload."
         )
-    if config.precision.compute == "float16":
-        raise ConfigError(
-            f"{asked}: the loss scale of precision={config.precision.name} is not saved; choose precision=bf16."
+    if not isinstance(data, SampledData):
+        return (
+            f"data={config.choices.get('data')} cannot be read from the middle on; choose a data that Concord orders, "
+            f"such as data=text."
         )
-    if not isinstance(build_spec(config.data, "data", Data), SampledData):
-        raise ConfigError(
-            f"{asked}: data={config.choices.get('data')} cannot be read from the middle on; choose a data that Concord "
-            f"orders, such as data=text."
-        )
+    return None
 
 
 def check_vocabulary(config: RunConfig) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from hydra.errors import HydraException
 
+from launch.claim import claim_folder
 from launch.compose import compose, quoted
-from launch.dispatch import EXIT_REFUSED, claim_folder, prepare, refuse
+from launch.dispatch import EXIT_REFUSED, prepare, refuse
 from launch.entry import one_line
-from launch.schema import ConfigError
+from launch.schema import AUTO, ConfigError
+from launch.signals import last_word, remember_signals
 from tracking.status import ended, running
 
 CLAIM_TIMEOUT_S = 60  # ranks start together; a shared file system may take seconds to show a new folder
@@ -32,6 +34,7 @@ class OuterLauncher:
 
     name: str
     job_id: str
+    restarts: int  # how often it has started this job's processes anew
     rank: int
     world_size: int
     local_world_size: int
@@ -43,6 +46,7 @@ def outer_launcher() -> OuterLauncher | None:
         return OuterLauncher(
             name="torchrun",
             job_id=os.environ["TORCHELASTIC_RUN_ID"],
+            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -54,6 +58,7 @@ def outer_launcher() -> OuterLauncher | None:
     return OuterLauncher(
         name="slurm",
         job_id=f"{os.environ['SLURM_JOB_ID']}.{step}",
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         rank=int(os.environ["SLURM_PROCID"]),
         world_size=int(os.environ["SLURM_NTASKS"]),
         local_world_size=tasks_of_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"])),
@@ -98,7 +103,7 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
         tree = compose(overrides)
         run_dir = Path(str(tree["run_dir"])).resolve()
         if launcher.rank == 0:
-            claim_folder(run_dir)
+            claim_folder(run_dir, running(str(tree["name"]), str(tree["name"])), again=tree["resume"] == AUTO)
             claim_word(run_dir, launcher).touch()
         else:
             wait_for_claim(run_dir, launcher)
@@ -121,12 +126,16 @@ def run_claimed(launcher: OuterLauncher, run_dir: Path, tree: dict[str, object])
         export_slurm_ranks(launcher)
     from launch.worker import run_rank
 
-    if launcher.rank == 0:
-        status.write(run_dir)
-    run_rank(job)  # a failure ends the process there, after leaving word in ranks/
-    if launcher.rank == 0:
+    if job.unsaved is None:
+        remember_signals()
+    number = run_rank(job)  # a failure ends the process there, after leaving word in ranks/
+    if launcher.rank == 0 and number:
+        word = last_word(run_dir, number)
+        print(word, file=sys.stderr)
+        ended(status, "interrupted", error=word, exit_code=128 + number).write(run_dir)
+    elif launcher.rank == 0:
         ended(status, "completed").write(run_dir)
-    return 0
+    return 128 + number if number else 0
 
 
 def refused(error: Exception) -> int:
@@ -136,7 +145,7 @@ def refused(error: Exception) -> int:
 
 def claim_word(run_dir: Path, launcher: OuterLauncher) -> Path:
     """The file by which the first rank tells the others that the run folder is this launch's."""
-    return run_dir / "ranks" / f"of-{launcher.name}-{launcher.job_id}"
+    return run_dir / "ranks" / f"of-{launcher.name}-{launcher.job_id}-{launcher.restarts}"
 
 
 def wait_for_claim(run_dir: Path, launcher: OuterLauncher) -> None:

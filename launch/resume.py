@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from launch.schema import ConfigError, RunConfig, leaves
+from launch.schema import AUTO, ConfigError, RunConfig, leaves
 from strategies.checkpoint import MANIFEST, Manifest, checkpoints
 
 TRAINED = ("model", "data")  # sections that decide what is trained on what
 STEPPED = ("model.optimizer.", "model.scheduler.")  # how it is trained may change on the way
+DIGEST = "data.digest"
 # Keys that change no training sample and no weight.
 FREE = {
     "model.net.loss_chunk_tokens",
     "data.micro_batch_size",
     "data.num_workers",
     "data.cache_dir",
+    "data.files",  # wherever they lie: what is in them must be the same
+    "data.folder",
     "data.max_val_samples",
 }
 
@@ -25,19 +29,47 @@ def resolve_resume(config: RunConfig) -> RunConfig:
     """The config with the very checkpoint that `resume` means; ConfigError if there is none that fits, or is whole."""
     if config.resume is None:
         return config
-    folder = find(config.resume)
-    try:
-        manifest = Manifest.read(folder)
-        manifest.check(folder)
-    except ValueError as error:
-        raise ConfigError(f"resume={config.resume}: {error}") from None
+    if config.resume == AUTO:
+        folder = newest_good(Path(config.run_dir))
+        if folder is None:
+            print(f"resume=auto: {config.run_dir} holds no checkpoint; starting at step 0.", file=sys.stderr)
+            return config.model_copy(update={"resume": None})
+        print(f"resume=auto: going on from {folder}.", file=sys.stderr)
+    else:
+        folder = find(config.resume)
+        try:
+            Manifest.read(folder).check(folder)
+        except ValueError as error:
+            good = newest_good(folder.parent.parent, before=folder)
+            offer = f" {good} is whole." if good else ""
+            raise ConfigError(f"resume={config.resume}: {error}{offer}") from None
+    manifest = Manifest.read(folder)
     check_same(manifest, config)
-    if manifest.step >= config.trainer.max_steps:
+    if manifest.step > config.trainer.max_steps or (
+        manifest.step == config.trainer.max_steps and config.resume != AUTO  # what else there is to do is done again
+    ):
         raise ConfigError(
             f"trainer.max_steps={config.trainer.max_steps}, but resume={folder} lies behind {manifest.step} steps; "
             f"raise trainer.max_steps."
         )
     return config.model_copy(update={"resume": str(folder)})
+
+
+def newest_good(run_dir: Path, before: Path | None = None) -> Path | None:
+    """The newest checkpoint of a run (older than one of them) whose files are as they were written.
+
+    Each that is not is named on the terminal.
+    """
+    for folder in reversed(checkpoints(run_dir)):
+        if before is not None and folder.name >= before.name:
+            continue
+        try:
+            Manifest.read(folder).check(folder)
+        except ValueError as error:
+            print(f"resume: {error}", file=sys.stderr)
+        else:
+            return folder
+    return None
 
 
 def find(resume: str) -> Path:
@@ -54,10 +86,22 @@ def find(resume: str) -> Path:
     return found[-1]
 
 
+def check_resumed_data(config: RunConfig) -> None:
+    """ConfigError if the files at hand hold something else than those that the checkpoint was trained on."""
+    if config.resume is None or DIGEST in config.resume_despite:
+        return
+    before = Manifest.read(Path(config.resume)).trained.get(DIGEST)
+    if before != config.data_digest:
+        raise ConfigError(
+            f"resume={config.resume}: the files of data={config.choices.get('data')} hold something else than what it "
+            f"was trained on; give the same files, or resume_despite=[{DIGEST}]."
+        )
+
+
 def check_same(manifest: Manifest, config: RunConfig) -> None:
     before, now = manifest.trained, json.loads(json.dumps(trained(config)))  # in the types that JSON has
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    differing = [key for key in differing if key not in {*FREE, *config.resume_despite}]
+    differing = [key for key in differing if key not in {DIGEST, *FREE, *config.resume_despite}]
     if differing:
         key = differing[0]
         more = f" (and {', '.join(differing[1:])} differ)" if differing[1:] else ""
@@ -71,4 +115,4 @@ def trained(config: RunConfig) -> dict[str, Any]:
     """By their dotted keys, the values that decide what is trained on what."""
     tree = config.model_dump()
     every = [pair for section in TRAINED for pair in leaves(tree[section], f"{section}.")]
-    return {key: value for key, value in every if not key.startswith(STEPPED)}
+    return {DIGEST: config.data_digest, **{key: value for key, value in every if not key.startswith(STEPPED)}}

@@ -11,9 +11,12 @@ from typing import Any, Literal
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from pydantic import (
+    AliasChoices,
+    AliasPath,
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -31,6 +34,8 @@ NOT_IDENTITY = (
     "choices",
 )  # fmt: skip
 
+
+AUTO = "auto"  # of `resume`: from the newest good checkpoint of the run's own folder, if it has one
 
 # Numbers of torch's optimizers and of our schedules: least value, bound that is not reached, whether it is a count.
 RANGES: dict[str, tuple[float, float, bool]] = {
@@ -57,6 +62,7 @@ class TrainerConfig(Section):
     clip_norm: PositiveFloat | None
     val_every_steps: PositiveInt | None
     log_every_steps: PositiveInt
+    on_nan: Literal["stop", "skip"]  # what becomes of an optimizer step whose loss or gradient is no number
 
 
 class LauncherConfig(Section):
@@ -69,12 +75,16 @@ class LauncherConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: PositiveInt | None
-    at_end: bool
+    every_minutes: PositiveFloat | None
+    at_end: bool | Literal["auto"]
     keep_last: PositiveInt
+    keep_best: NonNegativeInt
+    asynchronous: bool
 
     @property
-    def saves(self) -> bool:
-        return self.at_end or self.every_steps is not None
+    def asked(self) -> bool:
+        """Whether the user relies on checkpoints, so that one who cannot have any must hear of it."""
+        return bool(self.every_steps or self.every_minutes or self.keep_best or self.at_end is True)
 
 
 class RunConfig(Section):
@@ -83,13 +93,15 @@ class RunConfig(Section):
     seed: int = Field(ge=0, lt=2**32)  # what torch and numpy both take
     name: str = Field(min_length=1)
     run_dir: str = Field(min_length=1)
-    resume: str | None  # a checkpoint, or a run folder that has one
+    resume: str | None  # a checkpoint, a run folder that has one, or AUTO
     resume_despite: list[str]  # keys that may differ from the run that wrote the checkpoint
     evidence: bool
     compile: bool
     trainer: TrainerConfig
     strategy: dict[str, Any]
     model: dict[str, Any]
+    # What the model starts from. It is `model.weights` to the user, and no key of the LightningModule's constructor.
+    weights: str | None = Field(None, validation_alias=AliasChoices(AliasPath("model", "weights"), "weights"))
     data: dict[str, Any]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
@@ -99,7 +111,13 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig
     status: Literal["untested", "measured"] | None  # of a recipe
     expect: dict[str, float | str] | None  # of a measured recipe: what was seen, on what hardware, with what versions
+    data_digest: str | None = None  # of the files that are trained on; written by launch.dispatch
     choices: dict[str, str | None]  # which file of each group was chosen; written by launch.compose
+
+    @field_validator("model")
+    @classmethod
+    def weights_are_apart(cls, section: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in section.items() if key != "weights"}
 
     @field_validator("model", "optimizer")
     @classmethod

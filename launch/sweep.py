@@ -27,11 +27,3 @@ def print_sweep(sweep_dir: Path) -> int:
         return 0
     print_runs(runs)
     return sum(run.state != "completed" for run in runs)
-
-
-def set_aside(run_dir: Path) -> None:
-    """Move a job's unfinished folder out of the way of its second try; nothing is deleted."""
-    attic = run_dir.parent / ".earlier"
-    attic.mkdir(exist_ok=True)
-    tries = sum(1 for path in attic.iterdir() if path.name.startswith(f"{run_dir.name}."))
-    run_dir.rename(attic / f"{run_dir.name}.{tries}")

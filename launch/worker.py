@@ -1,13 +1,13 @@
 """One rank of a run: builds data, model, strategy and Trainer, fits, and records. Never imports Hydra's main.
 
-Run by the agent as `python -m launch.worker <run folder>`, with torchrun's variables saying which rank it is.
+Forked by the agent, or run by it as `python -m launch.worker <run folder>`; torchrun's variables say which rank it is.
 """
 
 from __future__ import annotations
 
 import time
 
-STARTED = time.time()
+STARTED = time.time()  # of a forked rank: when its agent began to import what it runs
 
 from launch.lifeline import die_with_parent
 
@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO, cast
+from typing import Protocol, TextIO, cast
 
 import numpy as np
 import torch
@@ -45,8 +45,13 @@ from launch.dispatch import EXIT_FAILED, load_resolved
 from launch.failure import record_error
 from launch.job import Job, run_of
 from launch.output import log_path, own_output
+from launch.restore import Restore
 from launch.schema import ConfigError, RunConfig
+from launch.signals import EndedError
+from launch.watchdog import Watchdog
+from launch.weights import StartingWeights
 from models.stats import ModelStats, measure
+from strategies.engines.finite import StepGuard
 from tracking import record
 from tracking.evidence import EvidenceRecorder, ShowsState
 from tracking.meter import Meter, measure_peak_flops
@@ -54,6 +59,12 @@ from tracking.progress import Progress
 from tracking.record import RunRecord, environment
 from tracking.redact import redact
 from tracking.wandb_logger import finish_wandb, log_record, start_wandb
+
+
+class Guarded(Protocol):
+    """What every engine has to keep NaN and infinity from the weights."""
+
+    guard: StepGuard
 
 
 class ValidateAtEnd(Callback):
@@ -71,6 +82,8 @@ class LeaveWord(Callback):
         self.run_dir, self.rank = run_dir, rank
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, EndedError):
+            return
         with suppress(OSError):  # the disk may be what is full
             record_error(self.run_dir, self.rank, exception)
 
@@ -130,7 +143,7 @@ def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: 
     config, trainer = job.config, job.config.trainer
     local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
     validate_every = trainer.val_every_steps or trainer.max_steps
-    return Trainer(
+    made = Trainer(
         accelerator=config.launcher.accelerator,
         devices=local_world_size,
         num_nodes=job.world_size // local_world_size,
@@ -150,6 +163,10 @@ def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: 
         enable_model_summary=False,
         default_root_dir=job.run_dir,
     )
+    # Checkpoints answers signals. Lightning would talk to all ranks from inside of a handler, and before every batch.
+    made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return made
 
 
 def train(
@@ -157,15 +174,38 @@ def train(
     *,
     terminal: TextIO | None = None,
     log: TextIO | None = None,
+    stderr: TextIO | None = None,
     callbacks: Sequence[Callback] = (),
     stats: ModelStats | None = None,
-) -> None:
-    """Train one rank to the end; rank 0 writes the run's record.
+) -> int:
+    """Train one rank to the end; rank 0 writes the run's record. The signal that ended the run before that, or 0.
 
     `callbacks` come before Concord's own, so that those see what they do. With a `terminal` there is a live bar, and
     what is printed meanwhile goes above it and into `log`. `stats` are the model's, where they are known already.
+    A run that hangs says so on `stderr`, if it is given.
     """
-    config, rank = job.config, int(os.environ["RANK"])
+    watchdog = Watchdog(
+        job.run_dir,
+        rank=int(os.environ["RANK"]),
+        world_size=job.world_size,
+        timeout_s=job.config.launcher.timeout_s,
+        terminal=stderr,
+    )
+    with watchdog.watching():
+        return train_watched(job, watchdog, terminal=terminal, log=log, callbacks=callbacks, stats=stats)
+
+
+def train_watched(
+    job: Job,
+    watchdog: Watchdog,
+    *,
+    terminal: TextIO | None,
+    log: TextIO | None,
+    callbacks: Sequence[Callback],
+    stats: ModelStats | None,
+) -> int:
+    """All of `train` that may hang."""
+    config, rank = job.config, watchdog.rank
     quiet()
     torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not TF32
     seed_everything(config.seed, workers=True, verbose=False)
@@ -173,6 +213,7 @@ def train(
         prepare_extensions(job)
     model = build_model(config)
     peak_flops = None if config.evidence else peak_of_device(config)  # first, while all ranks are at the same point
+    watchdog.beat()
     shadow = on_meta(model)
     # Counted where it is of use: rank 0 logs it (not of a run that is made to be compared), grids cut by it.
     if stats is None and ((rank == 0 and not config.evidence) or job.mesh.cuts):
@@ -181,24 +222,36 @@ def train(
         parameters=sum(parameter.numel() for parameter in shadow.parameters()),
         flops_per_sample=stats.flops_per_sample if stats else None,
     )
+    watchdog.beat()
     run_id = secrets.token_hex(4)
     sinks = loggers(job, rank, run_id)
     completed = False
     try:
         engine = job.strategy.build(run_of(config, job.data, config.launcher.accelerator, stats))
+        watchdog.beat()
+        cast(Guarded, engine).guard.skips = config.trainer.on_nan == "skip"
         meter = build_meter(job, engine, size, peak_flops)
         progress = Progress(meter, terminal=terminal, log=log)
-        own: list[Callback] = [LeaveWord(job.run_dir, rank), ValidateAtEnd(), meter, Checkpoints(job), progress]
+        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), meter, progress]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
+        if config.resume is not None:
+            own.append(Restore(job))
+        elif config.weights is not None:
+            own.append(StartingWeights(Path(config.weights), model))
+        own.append(Checkpoints(job))
         build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
         if rank == 0:
             result = record_of(job, run_id, meter, size, cast(ShowsState, engine).dtypes)
             result.write(job.run_dir / "record.json")
             log_record(sinks, result)
         completed = True
+    except EndedError as ending:
+        return ending.number
     finally:
+        watchdog.stop()  # a server that does not answer is no rank that hangs
         finish_wandb(sinks, ok=completed)
+    return 0
 
 
 def prepare_extensions(job: Job) -> None:
@@ -218,6 +271,7 @@ def peak_of_device(config: RunConfig) -> float:
 
 
 def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: float | None) -> Meter:
+    guard = cast(Guarded, engine).guard
     return Meter(
         samples_per_step=job.data.global_batch_size,
         tokens_per_sample=job.data.tokens_per_sample,
@@ -226,6 +280,7 @@ def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: floa
         log_every_steps=job.config.trainer.log_every_steps,
         started_at=STARTED,
         offers=lambda: {"optim/grad_norm": cast(ShowsState, engine).gradient_norm()},
+        skipped_steps=(lambda: guard.skipped_steps) if guard.skips else None,
     )
 
 
@@ -300,17 +355,24 @@ def leave_word(run_dir: Path, rank: int) -> Callable[[type[BaseException], BaseE
     return hook
 
 
-def run_rank(job: Job) -> None:
-    """Train this rank with its output in its log; if it fails, leave word and end the process."""
+def run_rank(job: Job, *, dispatched: bool = False) -> int:
+    """Train this rank with its output in its log: as `train`; if it fails, leave word and end the process.
+
+    Where there is no dispatcher that reads what ranks leave, a hang is told on stderr.
+    """
     rank = int(os.environ["RANK"])
+    with suppress(OSError):  # what ps and top call this process; Linux alone takes it so
+        Path("/proc/self/comm").write_text(f"rank {rank} of {job.world_size}")
+    stderr = None if dispatched else os.fdopen(os.dup(2), "w")
     terminal = own_output(job.run_dir, rank)
     faulthandler.enable()
     sys.excepthook = leave_word(job.run_dir, rank)
     with log_path(job.run_dir, rank).open("a") as log:
-        train(job, terminal=terminal, log=log if terminal else None)
+        number = train(job, terminal=terminal, log=log if terminal else None, stderr=stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
+    return number
 
 
 if __name__ == "__main__":
-    run_rank(Job.of(load_resolved(Path(sys.argv[1]))))
+    run_rank(Job.of(load_resolved(Path(sys.argv[1]))), dispatched=True)

@@ -2,6 +2,7 @@
 
 python scripts/bench.py overhead [override ...]   our DDP and a plain PyTorch loop
 python scripts/bench.py zero [override ...]       our ZeRO-1, 2 and 3, each with a plain DeepSpeed loop
+python scripts/bench.py save [override ...]       what a checkpoint takes, written at once and asynchronously
 python scripts/bench.py grid [override ...]       our fsdp, tensor, pipeline and 2d, each with torch's own parts by hand
 """
 
@@ -28,9 +29,15 @@ SETTING = [
     "data.max_val_samples=8",
     "logger=none",
 ]
+SAVES = ["checkpoint.every_steps=4", "checkpoint.keep_last=1", "trainer.max_steps=48", "data.sequence_length=128"]
 WHOLE_BATCH = "data.micro_batch_size=16"  # of one data rank: nothing is to be accumulated
 BENCHMARKS = {
     "overhead": [["strategy=ddp"]],
+    # One thread each: as on a machine with GPUs, there is a core that training leaves to the writer.
+    "save": [
+        ["strategy=single", "launcher.devices=1", "launcher.threads_per_rank=1", WHOLE_BATCH, *SAVES],
+        ["strategy=zero1", *SAVES],
+    ],
     "zero": [["strategy=zero1"], ["strategy=zero2"], ["strategy=zero3"]],
     "grid": [
         ["strategy=fsdp"],
@@ -56,9 +63,10 @@ def measure(case: list[str], overrides: list[str]) -> int:
 
 
 def rank(words: list[str]) -> int:
-    from launch.bench import measure_overhead
+    from launch.bench import measure_overhead, measure_saving
 
-    measure_overhead(prepare(compose(words), int(os.environ["WORLD_SIZE"]), write=os.environ["RANK"] == "0"))
+    job = prepare(compose(words), int(os.environ["WORLD_SIZE"]), write=os.environ["RANK"] == "0")
+    (measure_saving if job.config.checkpoint.every_steps else measure_overhead)(job)
     return 0
 
 

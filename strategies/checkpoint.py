@@ -14,20 +14,41 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from random import SystemRandom
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from strategies.boxes import Box
+from strategies.headers import ITEM_BYTES, Count, Counts, read_header, read_json, reason
 
 MANIFEST = "checkpoint.json"
-PARTIAL = ".partial"
+PARTIAL, DAMAGED = ".partial", ".damaged"
+VAL_LOSSES = "val_losses.json"
 BLOCK_BYTES = 2**20
+MANIFEST_BYTES = 2**28  # more than a million pieces: 2,400 tensors of a 70B model on 512 ranks have as many
+PRIME = 2**61 - 1
 
-Numbers = Annotated[tuple[int, ...], BeforeValidator(tuple)]
+
+def plain_name(name: str) -> str:
+    """ValueError for the name of a file that might lie anywhere but in the checkpoint's folder."""
+    if not re.fullmatch(r"\w[\w.-]{0,200}", name):
+        raise ValueError(f"{name[:100]!r} is no plain file name")
+    return name
+
+
+def known_dtype(dtype: str) -> str:
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"{dtype[:100]!r} is no format of a tensor's elements")
+    return dtype
+
+
+Numbers = Annotated[Counts, BeforeValidator(tuple)]
+FileName = Annotated[str, AfterValidator(plain_name)]
 
 
 class Strict(BaseModel):
@@ -37,7 +58,7 @@ class Strict(BaseModel):
 class Piece(Strict):
     """One box of a tensor, and where it lies."""
 
-    file: str
+    file: FileName
     key: str
     start: Numbers
     stop: Numbers
@@ -51,12 +72,22 @@ class Stored(Strict):
     """One tensor."""
 
     shape: Numbers
-    dtype: str
+    dtype: Annotated[str, AfterValidator(known_dtype)]
     pieces: list[Piece]
+
+    @model_validator(mode="after")
+    def pieces_lie_inside(self) -> Self:
+        for piece in self.pieces:
+            sizes = len(piece.start), len(piece.stop)
+            if sizes != (len(self.shape),) * 2 or not all(
+                start <= stop <= size for start, stop, size in zip(piece.start, piece.stop, self.shape, strict=True)
+            ):
+                raise ValueError(f"a piece from {piece.start} to {piece.stop} is none of shape {self.shape}")
+        return self
 
 
 class File(Strict):
-    size: int
+    size: Count
     sha256: str
 
 
@@ -68,45 +99,100 @@ class Part(Strict):
     tensors: dict[str, Stored]
 
 
+class LossScale(Strict):
+    """By what a run in float16 multiplies its loss, and how many steps have gone well since that changed."""
+
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    good_steps: Annotated[int, Field(ge=0)]
+
+
 class Manifest(Strict):
     """checkpoint.json."""
 
     version: Literal[1] = 1
-    step: int  # optimizer steps that lie behind it
+    step: Annotated[int, Field(ge=0)]  # optimizer steps that lie behind it
     strategy: str
     mesh: dict[str, int]
     trained: dict[str, Any]  # what a run that goes on must have in common with this one, by dotted keys
     schedulers: list[dict[str, Any]]
-    files: dict[str, File]
+    loss_scale: LossScale | None = None  # of a run in float16
+    files: dict[FileName, File]
     tensors: dict[str, Stored]
+
+    @model_validator(mode="after")
+    def pieces_make_up_tensors(self) -> Self:
+        for name, stored in self.tensors.items():
+            strange = [piece.file for piece in stored.pieces if piece.file not in self.files]
+            if strange:
+                raise ValueError(f"{name[:100]!r} lies in {strange[0]!r}, which is none of its files")
+            if not tiles([piece.box for piece in stored.pieces], stored.shape):
+                raise ValueError(f"the pieces of {name[:100]!r} are not all of it, each element once")
+        return self
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """ValueError in one line if the folder's checkpoint.json is absent, cut short, or of another version."""
         path = folder / MANIFEST
         try:
-            return cls.model_validate(json.loads(path.read_text()))
+            if path.stat().st_size > MANIFEST_BYTES:
+                raise ValueError(f"it has more than {MANIFEST_BYTES} bytes")
+            return cls.model_validate(read_json(path.read_bytes()))
         except FileNotFoundError:
             raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from None
-        except (OSError, ValueError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is damaged ({reason}); choose another checkpoint.") from None
+        except (OSError, ValueError) as error:
+            told = reason(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
+            raise ValueError(f"{path} is damaged ({told}); choose another checkpoint.") from None
 
     def check(self, folder: Path) -> None:
         """ValueError naming the first file that is missing, or holds other bytes than were written."""
-        for name, file in self.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise ValueError(f"{path} is missing; choose another checkpoint.")
-            if path.stat().st_size != file.size:
-                raise ValueError(
-                    f"{path} is damaged: it has {path.stat().st_size} bytes, {file.size} were written; choose another "
-                    f"checkpoint."
-                )
-            if digest(path) != file.sha256:
-                raise ValueError(
-                    f"{path} is damaged: it holds other bytes than were written; choose another checkpoint."
-                )
+        pieces: dict[str, list[tuple[str, Stored, Piece]]] = {name: [] for name in self.files}
+        for name, stored in self.tensors.items():
+            for piece in stored.pieces:
+                pieces[piece.file].append((name, stored, piece))
+        with ThreadPoolExecutor() as pool:
+            for found in [pool.submit(check_file, folder / name, file) for name, file in self.files.items()]:
+                found.result()
+        for file, inside in pieces.items():
+            check_pieces(folder / file, inside)
+
+
+def check_file(path: Path, file: File) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; choose another checkpoint.")
+    size = path.stat().st_size
+    if size != file.size:
+        difference = f"it has {size} bytes, {file.size} were written"
+        raise ValueError(f"{path} is damaged: {difference}; choose another checkpoint.")
+    if digest(path) != file.sha256:
+        raise ValueError(f"{path} is damaged: it holds other bytes than were written; choose another checkpoint.")
+
+
+def check_pieces(path: Path, pieces: Sequence[tuple[str, Stored, Piece]]) -> None:
+    """ValueError unless a file has in it what the manifest says lies there."""
+    header = read_header(path)
+    for name, stored, piece in pieces:
+        entry = header.get(piece.key)
+        if entry is None or (entry.torch_dtype, entry.shape) != (stored.dtype, piece.box.shape):
+            raise ValueError(f"{path} is damaged: it has no such piece of {name[:100]!r}; choose another checkpoint.")
+
+
+def tiles(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
+    """Whether boxes inside of a shape make up all of it, each element once; in time that grows with their number alone.
+
+    Each dim is stretched at random, and volumes are compared: elements that are there twice or not at all would have to
+    cancel by chance, which has a probability of dims / PRIME (Schwartz 1980, lemma 1).
+    """
+    draw = SystemRandom()  # the run's own generators are not touched, and nobody can know the numbers beforehand
+    marks: dict[tuple[int, int], int] = {}
+
+    def volume(box: Box) -> int:
+        result = 1
+        for dim, (start, stop) in enumerate(zip(box.start, box.stop, strict=True)):
+            first, last = (marks.setdefault((dim, edge), draw.randrange(PRIME)) for edge in (start, stop))
+            result = result * (last - first) % PRIME
+        return result
+
+    return sum(map(volume, boxes)) % PRIME == volume(Box.whole(shape)) % PRIME
 
 
 def digest(path: Path) -> str:
@@ -127,21 +213,24 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in found if path.is_dir() and re.fullmatch(r"step-\d+", path.name))
 
 
+def unfinished(folder: Path) -> Path:
+    """The folder that a checkpoint is written in until `finish` gives it its name."""
+    return folder.with_name(folder.name + PARTIAL)
+
+
 def begin(folder: Path) -> Path:
-    """An empty folder to write a checkpoint in, until `finish` gives it its name."""
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Make the folder that a checkpoint is written in; any rank may come first."""
+    partial = unfinished(folder)
+    partial.mkdir(parents=True, exist_ok=True)
     return partial
 
 
 def finish(folder: Path, manifest: Manifest) -> None:
-    """Name what `begin` has begun: from here on it is a checkpoint, also if the machine stops."""
-    partial = folder.with_name(folder.name + PARTIAL)
+    """Name what `begin` has begun, whose files are on the disk: from here on it is a checkpoint."""
+    partial = unfinished(folder)
     path = partial / MANIFEST
     path.write_text(manifest.model_dump_json())
-    for name in (*manifest.files, MANIFEST):
-        flush(partial / name)
+    flush(path)
     flush(partial)
     shutil.rmtree(folder, ignore_errors=True)  # an earlier one of the same step, from before a resume
     partial.rename(folder)
@@ -157,10 +246,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def merged(parts: Mapping[str, Part]) -> dict[str, Stored]:
+def merged(parts: Iterable[Part]) -> dict[str, Stored]:
     """The tensors that all ranks have written, each box once; ValueError (a bug of the engine) if one is not whole."""
     tensors: dict[str, Stored] = {}
-    for part in parts.values():
+    for part in parts:
         for name, stored in part.tensors.items():
             so_far = tensors.get(name, stored.model_copy(update={"pieces": []}))
             if (so_far.shape, so_far.dtype) != (stored.shape, stored.dtype):
@@ -175,9 +264,44 @@ def merged(parts: Mapping[str, Part]) -> dict[str, Stored]:
     return tensors
 
 
-def sweep(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what unfinished ones have left."""
+def val_losses(run_dir: Path) -> dict[int, float]:
+    """Validation losses by optimizer step, of the steps that were validated and might be kept for it."""
+    path = run_dir / "checkpoints" / VAL_LOSSES
+    return {int(step): loss for step, loss in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def note_val_loss(run_dir: Path, step: int, loss: float) -> None:
+    path = run_dir / "checkpoints" / VAL_LOSSES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".aside")
+    aside.write_text(json.dumps({**val_losses(run_dir), step: loss}))
+    aside.rename(path)
+
+
+def best_steps(losses: Mapping[int, float], count: int) -> list[int]:
+    """The steps of the lowest losses, lowest first; of equal ones the earlier."""
+    return sorted(losses, key=lambda step: (losses[step], step))[:count]
+
+
+def sweep(run_dir: Path, *, keep_last: int, keep_best: int = 0) -> None:
+    """Remove the checkpoints that are neither among the newest nor among the best."""
+    found = checkpoints(run_dir)
+    best = {folder_of(run_dir, step) for step in best_steps(val_losses(run_dir), keep_best)}
+    for folder in found[:-keep_last]:
+        if folder not in best:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear(run_dir: Path, step: int) -> None:
+    """Prepare the folder for a run that starts at `step`: only checkpoints of its own history are found there then.
+
+    For when nobody writes one. What was never finished is removed. Checkpoints of later steps, which were passed over
+    because they are damaged, are called so.
+    """
     for partial in (run_dir / "checkpoints").glob(f"*{PARTIAL}"):
         shutil.rmtree(partial, ignore_errors=True)
-    for folder in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in checkpoints(run_dir):
+        if folder > folder_of(run_dir, step):
+            damaged = folder.with_name(folder.name + DAMAGED)
+            shutil.rmtree(damaged, ignore_errors=True)
+            folder.rename(damaged)

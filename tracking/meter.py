@@ -34,6 +34,8 @@ class Meter(pl.Callback):
     started_at: `time.time()` of the run's start, by default now.
     offers: called on every rank right before the optimizer step of each row, when gradients are whole and not yet
     clipped; what it returns joins the row (such as `optim/grad_norm`).
+    skipped_steps: how many optimizer steps have been left out so far, of a run that may leave out any; their losses are
+    not averaged.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Meter(pl.Callback):
         peak_flops: float | None = None,
         started_at: float | None = None,
         offers: Callable[[], Mapping[str, float | Tensor]] = dict,
+        skipped_steps: Callable[[], int] | None = None,
     ) -> None:
         self.latest: dict[str, float] = {}
         self.logged_step = 0
@@ -56,6 +59,8 @@ class Meter(pl.Callback):
         self._peak_flops = peak_flops
         self._started_at = time.time() if started_at is None else started_at
         self._offers = offers
+        self._count_skipped = skipped_steps
+        self._skipped_steps = 0
         self._laps: list[tuple[Any, Any]] = []
         self._step_s: list[float] = []
         self._peak_gib: list[float] = []
@@ -72,6 +77,8 @@ class Meter(pl.Callback):
         self._measured_from = self._done + warmup_steps(trainer.max_steps - self._done)
         # MPS has no float64; elsewhere it keeps the sum as exact as the losses are.
         self._loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self._step_loss = torch.zeros_like(self._loss)
+        self._averaged_steps = 0
         if self._peak_flops is not None:
             mine = torch.tensor(self._peak_flops, device=device)
             self._peak_flops = float(trainer.strategy.reduce(mine, reduce_op="mean"))
@@ -89,9 +96,10 @@ class Meter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Lightning hands out the loss divided by the accumulation: the sum over a step's micro-batches is its mean.
-        self._loss += outputs["loss"]
+        self._step_loss += outputs["loss"]
         if trainer.global_step == self._done:
             return
+        self._end_loss()
         self._done = trainer.global_step
         self._end_step()
         if self._is_due(trainer, self._done):
@@ -127,6 +135,7 @@ class Meter(pl.Callback):
         p50, p95 = np.percentile(self._step_s, [50, 95]).tolist() if self._step_s else (None, None)
         return Results(
             steps=self._done,
+            skipped_steps=self._skipped_steps,
             train_loss=self.latest.get("train/loss"),
             val_loss=self._val.get("val/loss"),
             val_metrics=self._val,
@@ -145,6 +154,14 @@ class Meter(pl.Callback):
     def _is_due(self, trainer: pl.Trainer, step: int) -> bool:
         return step % self._log_every_steps == 0 or step == trainer.max_steps
 
+    def _end_loss(self) -> None:
+        skipped = self._count_skipped() if self._count_skipped else 0
+        if skipped == self._skipped_steps:
+            self._loss += self._step_loss
+            self._averaged_steps += 1
+        self._skipped_steps = skipped
+        self._step_loss.zero_()
+
     def _end_step(self) -> None:
         now = self._clock.mark()
         if self._mark is not None and self._done > self._measured_from:
@@ -158,9 +175,12 @@ class Meter(pl.Callback):
         return seconds
 
     def _log(self, trainer: pl.Trainer) -> None:
-        loss, peaks_gib = self._share(trainer, self._loss / (self._done - self.logged_step))
+        loss, peaks_gib = self._share(trainer, self._loss / self._averaged_steps)  # NaN if all were left out
         row = {"train/loss": loss, "mem/peak_gib": max(peaks_gib)}
+        if self._count_skipped:
+            row["train/skipped_steps"] = float(self._skipped_steps)
         self._loss.zero_()
+        self._averaged_steps = 0
         self.logged_step = self._done
         if seconds := self._read_laps():
             median = float(np.median(seconds))

@@ -84,6 +84,7 @@ class Results(_Schema):
     """
 
     steps: int = Field(description="optimizer steps of the whole run, those before a resume included")
+    skipped_steps: int = Field(0, description="steps left out since the start or resume, under trainer.on_nan=skip")
     train_loss: float | None = Field(description="last logged train/loss: mean over the steps since the log before")
     val_loss: float | None
     val_metrics: dict[str, float] = Field(description="every val/* metric of the last validation, by its key")

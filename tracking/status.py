@@ -55,7 +55,8 @@ def dispatcher_lives(status: RunStatus) -> bool:
     if host != socket.gethostname():
         return True
     try:
-        return psutil.Process(pid).create_time() == started
+        process = psutil.Process(pid)
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies.boxes import Box
-from strategies.checkpoint import File, Manifest, Part, Piece, Stored, begin, finish, merged
+from strategies.checkpoint import File, LossScale, Manifest, Part, Piece, Stored, begin, finish, merged, unfinished
 
 # Formats as safetensors spells them.
 CODES = {
@@ -36,6 +39,8 @@ CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+POLL_S = 0.02  # how often the first rank looks whether another has written its part
 
 Select = Callable[[Tensor], Sequence[Tensor]]
 
@@ -64,6 +69,26 @@ class Held:
     def whole(cls, name: str, tensor: Tensor, *, writes: bool) -> Held:
         shape = tuple(tensor.shape)
         return cls(name=name, shape=shape, boxes=[Box.whole(shape)], stepped=tensor, writes=writes)
+
+
+class Holds(Protocol):
+    """What an engine must show for its run to be saved and resumed."""
+
+    @property
+    def stepping(self) -> Optimizer:
+        """The optimizer that steps this rank's tensors, and keeps state for them."""
+        ...
+
+    def held(self) -> Iterator[Held]:
+        """This rank's part of every parameter and persistent buffer."""
+        ...
+
+    def narrow(self) -> None:
+        """Make computing copies of what has been loaded into the stepped weights."""
+        ...
+
+    scaling: LossScale | None
+    """Where the loss scale of a run in float16 stands; None of any other."""
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -125,6 +150,8 @@ def write_file(path: Path, tensors: Sequence[Tensor]) -> File:
         for block in blocks:
             file.write(block)
             hashed.update(block)
+        file.flush()
+        os.fsync(file.fileno())
     return File(size=8 + len(text) + end, sha256=hashed.hexdigest())
 
 
@@ -133,31 +160,94 @@ def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def save(
-    folder: Path,
-    named: Iterable[Named],
-    manifest: Callable[[dict[str, File], dict[str, Stored]], Manifest],
-    *,
-    rank: int,
-    world_size: int,
-    barrier: Callable[[], object],
-) -> None:
-    """Make a checkpoint of what all ranks hold; collective.
+Fill = Callable[[dict[str, File], dict[str, Stored]], Manifest]
 
-    Ranks tell each other what they wrote through the folder, which they share.
+
+class Writer:
+    """Writes this rank's part of a run's checkpoints; the first rank makes one checkpoint of all parts.
+
+    Ranks tell each other what they wrote through the folder, which they share: nothing here is a collective.
+
+    asynchronous: tensors are copied to host memory, and written while training goes on; else they are written at once,
+    and no more than one is ever copied.
+    after: called on the first rank when a checkpoint is finished.
     """
-    partial = begin(folder) if rank == 0 else folder.with_name(folder.name + ".partial")
-    barrier()
-    part = write_rank(partial, rank, named)
-    (partial / f"{rank}.json").write_text(part.model_dump_json())
-    barrier()
-    if rank == 0:
-        words = [partial / f"{other}.json" for other in range(world_size)]
-        parts = {part.name: part for part in (Part.model_validate(json.loads(word.read_text())) for word in words)}
-        for word in words:
-            word.unlink()
-        finish(folder, manifest({name: part.file for name, part in parts.items()}, merged(parts)))
-    barrier()
+
+    def __init__(self, *, rank: int, world_size: int, asynchronous: bool, after: Callable[[], None]) -> None:
+        self.rank, self.world_size, self.asynchronous, self.after = rank, world_size, asynchronous, after
+        self.copies = Copies()
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.under_way: Future[None] | None = None
+
+    def save(self, folder: Path, named: Iterable[Named], manifest: Fill) -> None:
+        """Begin a checkpoint, when the one before is finished; `manifest` is what the first rank says of it."""
+        self.wait()
+        if self.asynchronous:
+            self.under_way = self.pool.submit(self.write, folder, self.copies.of(named), manifest)
+        else:
+            self.write(folder, named, manifest)
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk; ValueError if it could not be written."""
+        under_way, self.under_way = self.under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def check(self) -> None:
+        """Raise what has gone wrong so far."""
+        if self.under_way is not None and self.under_way.done():
+            self.wait()
+
+    def write(self, folder: Path, named: Iterable[Named], manifest: Fill) -> None:
+        try:
+            self.write_part(folder, named)
+            if self.rank == 0:
+                parts = [self.read_part(unfinished(folder) / f"{rank}.json") for rank in range(self.world_size)]
+                finish(folder, manifest({part.name: part.file for part in parts}, merged(parts)))
+                self.after()
+        except OSError as error:
+            # So that there is room for what is said of it; what other ranks have written is theirs.
+            (unfinished(folder) / f"{self.rank}.safetensors").unlink(missing_ok=True)
+            raise ValueError(
+                f"checkpoint: {folder} cannot be written ({error.strerror}); free some space, then go on from the one "
+                f"before by the same command with resume=auto."
+            ) from error
+
+    def write_part(self, folder: Path, named: Iterable[Named]) -> None:
+        partial = begin(folder)
+        part = write_rank(partial, self.rank, named)
+        aside = partial / f"{self.rank}.word"
+        aside.write_text(part.model_dump_json())
+        aside.rename(partial / f"{self.rank}.json")  # nobody reads half a word
+
+    def read_part(self, word: Path) -> Part:
+        """What another rank wrote, as soon as it has."""
+        while not word.exists():
+            time.sleep(POLL_S)
+        part = Part.model_validate(json.loads(word.read_text()))
+        word.unlink()
+        return part
+
+
+class Copies:
+    """Copies of tensors in host memory, which is kept from one checkpoint to the next."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, Box], Tensor] = {}
+
+    def of(self, named: Iterable[Named]) -> list[Named]:
+        result: list[Named] = []
+        for name, shape, box, part in named:
+            buffer = self.buffers.get((name, box))
+            if buffer is None:
+                # Page-locked, a device copies into it while others follow.
+                buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+                self.buffers[name, box] = buffer
+            buffer.copy_(part.detach(), non_blocking=True)
+            result.append((name, shape, box, buffer))
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return result
 
 
 class Reader:

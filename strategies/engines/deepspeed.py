@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,11 +28,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies.boxes import Box, boxes_of_range
+from strategies.checkpoint import LossScale
 from strategies.engines.averaging import AveragesExactly
 from strategies.engines.blocks import blocks_of, chain_of, rework
 from strategies.engines.checkpoint import Held, persistent_buffers
+from strategies.engines.finite import GRADIENTS, StepGuard, leave_out_when
 from strategies.engines.materialize import materialize
-from strategies.engines.precision import LossScale, autocast_inside, name
+from strategies.engines.precision import LossScaler, autocast_inside, name
 from strategies.spec import Run
 
 if TYPE_CHECKING:
@@ -55,10 +58,11 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             timeout=timedelta(seconds=run.timeout_s),
             logging_level=logging.ERROR,  # it warns of every optimizer that is not its own
         )
-        self.spec, self.run = spec, run
+        self.spec, self.run, self.guard = spec, run, StepGuard()
         self.at_boundary = True  # whether the next backward is its step's last
         self.is_reduced = False  # whether such a backward has been
-        self.scaler = LossScale() if run.precision.compute == "float16" else None
+        self.leaves_out = False  # whether DeepSpeed is to leave out the step under way
+        self.scaler = LossScaler() if run.precision.compute == "float16" else None
 
     @property
     def module(self) -> pl.LightningModule:
@@ -160,6 +164,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         if self.scaler:
             optimizer.override_loss_scale(self.scaler.value)
         self.model, self.optimizers = engine, [optimizer]
+        leave_out_when(lambda: self.leaves_out, optimizer)
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -185,6 +190,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
                 f"of its own; add the losses up and call backward once, or choose strategy=ddp."
             )
         self.is_reduced = self.at_boundary
+        self.guard.add(closure_loss)
         # Lightning has divided the loss by the accumulation already; DeepSpeed would do it once more.
         result = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
         if self.spec.stage == 3 and self.spec.activation_checkpointing != "none":
@@ -195,18 +201,22 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         return result
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        result = super().optimizer_step(optimizer, partial(self.checked, closure), *args, **kwargs)
         self.is_reduced = False
         engine_optimizer = self.deepspeed_engine.optimizer
         if self.scaler:
             engine_optimizer.override_loss_scale(self.scaler.after(overflow=bool(engine_optimizer.overflow)))
-        elif engine_optimizer.overflow:
-            step = self.module.trainer.global_step + 1
-            # Other strategies would go on with weights that are no numbers; DeepSpeed leaves the step out, silently.
-            raise RuntimeError(
-                f"strategy={self.spec.name}: the gradients of optimizer step {step} hold "
-                f"NaN or infinity; lower optimizer.lr, set trainer.clip_norm, or look for a loss that is no number."
-            )
+        elif engine_optimizer.overflow and not self.leaves_out:
+            # DeepSpeed, which looks at the gradients by itself, has left the step out without a word.
+            self.guard.problem = GRADIENTS
+            self.guard.passes(self.module.trainer)
+        return result
+
+    def checked(self, closure: Callable[[], Any]) -> Any:
+        result = closure()
+        if self.module.automatic_optimization:
+            self.guard.agree(torch.zeros((), device=self.root_device))
+            self.leaves_out = not self.guard.passes(self.module.trainer)
         return result
 
     def teardown(self) -> None:
@@ -298,6 +308,16 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             return Share(parameter.ds_tensor.data.view(-1), 0, first, count)
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         return Share(optimizer.fp32_partitioned_groups_flat[group], offset, first, count)
+
+    @property
+    def scaling(self) -> LossScale | None:
+        return self.scaler.state if self.scaler else None
+
+    @scaling.setter
+    def scaling(self, saved: LossScale) -> None:
+        assert self.scaler is not None
+        self.scaler.state = saved
+        self.deepspeed_engine.optimizer.override_loss_scale(saved.value)
 
     def narrow(self) -> None:
         optimizer = self.deepspeed_engine.optimizer

@@ -26,6 +26,7 @@ from strategies.engines import sharding, tensor
 from strategies.engines.averaging import AveragesExactly, share_buffers
 from strategies.engines.blocks import blocks_of, rework
 from strategies.engines.checkpoint import Held, persistent_buffers
+from strategies.engines.finite import ChecksSteps, StepGuard
 from strategies.engines.link import Link
 from strategies.engines.materialize import Materializer
 from strategies.engines.pipeline import Pipeline, Stage
@@ -40,8 +41,10 @@ if TYPE_CHECKING:
     from strategies.grid import Grid
 
 
-class GridEngine(AveragesExactly):
+class GridEngine(ChecksSteps, AveragesExactly):
     """Cuts the net into stages, splits their matrices, shards what is left over the data ranks, and steps shards."""
+
+    scaling = None  # the spec refuses float16
 
     def __init__(self, spec: Grid, run: Run) -> None:
         super().__init__(
@@ -49,7 +52,7 @@ class GridEngine(AveragesExactly):
             process_group_backend="nccl" if run.on_gpu else "gloo",
             timeout=timedelta(seconds=run.timeout_s),
         )
-        self.spec, self.run = spec, run
+        self.spec, self.run, self.guard = spec, run, StepGuard()
         self.at_boundary = True  # whether the next backward is its step's last
         self.contexts = ExitStack()
         self.steps: PipelinedSteps | None = None  # None where there is no pipe axis: Lightning's own steps will do
@@ -122,7 +125,7 @@ class GridEngine(AveragesExactly):
         self.shards = Shards(self.optimizers[0], self.spec, self.ties.duplicates, self.spec.name)
         self.setup_precision_plugin()
         self.shards.connect()
-        self.precision_plugin.clip_grad_by_norm = self.shards.clip_by_norm  # type: ignore[method-assign]
+        self.connect_guard()
         self.dtypes = self.dtypes_in_use(module)
         if self.is_global_zero and self.spec.pipe > self.spec.micro_batches:
             print(
@@ -317,6 +320,8 @@ class GridEngine(AveragesExactly):
         return self.steps.evaluate(self.module.predict_step, *args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.steps is None or self.steps.last_unit is not None:  # others have it from there
+            self.guard.add(closure_loss)
         if self.steps is None:
             closure_loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         else:  # the training step has been backward, too: only the hooks are left
@@ -340,6 +345,12 @@ class GridEngine(AveragesExactly):
             named = self.module.named_parameters()
             tensor.check_alike(named, self.mesh["tensor"], self.run.precision.compute, self.spec.name)
         self.shards.take_gradients()
+
+    def agreed_norm(self, optimizer: Optimizer) -> Tensor:
+        return self.guard.agree(self.shards.square()).sqrt()
+
+    def scale_to(self, max_norm: float, norm: Tensor, optimizer: Optimizer) -> None:
+        self.shards.scale_to(max_norm, norm)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
@@ -370,7 +381,7 @@ class GridEngine(AveragesExactly):
 
     def reshard(self) -> None:
         for part in sharding.sharded_parts(self.module) + (self.steps.sharded_roots if self.steps else []):
-            part.reshard()  # validation leaves the last unit gathered
+            sharding.let_go(part)  # validation leaves the last unit gathered
 
     @property
     def stepping(self) -> Optimizer:

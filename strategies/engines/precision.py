@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies import spec
+from strategies.checkpoint import LossScale
 
 
 class Autocast(MixedPrecision):
@@ -77,7 +78,7 @@ def narrow(plugin: Precision) -> None:
         plugin.narrow()
 
 
-class LossScale:
+class LossScaler:
     """Dynamic loss scaling as torch.amp.GradScaler does it; DeepSpeed's own only goes with weights in float16.
 
     DeepSpeed scales the loss, unscales before it clips, finds overflow over all ranks and leaves the step out.
@@ -97,6 +98,29 @@ class LossScale:
         elif self.good_steps % self.GROWTH_INTERVAL == 0:
             self.value *= self.GROWTH
         return self.value
+
+    @property
+    def state(self) -> LossScale:
+        return LossScale(value=self.value, good_steps=self.good_steps % self.GROWTH_INTERVAL)
+
+    @state.setter
+    def state(self, saved: LossScale) -> None:
+        self.value, self.good_steps = saved.value, saved.good_steps
+
+
+def loss_scale_of(plugin: Precision) -> LossScale | None:
+    """Where torch's own loss scaling stands; None without float16."""
+    if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
+        return None
+    state = plugin.scaler.state_dict()
+    return LossScale(value=state["scale"], good_steps=state["_growth_tracker"])
+
+
+def set_loss_scale(plugin: Precision, saved: LossScale) -> None:
+    assert isinstance(plugin, MixedPrecision)
+    assert plugin.scaler is not None
+    state = {"scale": saved.value, "_growth_tracker": saved.good_steps}
+    plugin.scaler.load_state_dict({**plugin.scaler.state_dict(), **state})
 
 
 def autocast_inside(module: nn.Module, device_type: str, dtype: torch.dtype) -> None:

@@ -2,23 +2,35 @@
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from strategies.checkpoint import LossScale
 from strategies.engines.averaging import AveragesExactly
 from strategies.engines.blocks import blocks_of, rework
 from strategies.engines.checkpoint import Held, persistent_buffers
+from strategies.engines.finite import ChecksSteps, StepGuard
 from strategies.engines.materialize import materialize
-from strategies.engines.precision import masters_of, name, narrow, precision_plugin
+from strategies.engines.precision import (
+    loss_scale_of,
+    masters_of,
+    name,
+    narrow,
+    precision_plugin,
+    set_loss_scale,
+)
 from strategies.spec import Run
 
 
-class WholeModel(Strategy):
+class WholeModel(ChecksSteps):
     """What holds for every strategy whose ranks each keep all of the model; mixed into a Lightning strategy."""
 
     run: Run
@@ -29,6 +41,7 @@ class WholeModel(Strategy):
         materialize(self.module, self.root_device, self.run.seed)
         rework(blocks_of(self.module), compiled=self.run.compile, checkpointing=self.checkpointing)
         super().setup(trainer)
+        self.connect_guard()
         parameter = next(self.module.parameters()).dtype
         master = self.optimizers[0].param_groups[0]["params"][0].dtype if self.optimizers else parameter
         # A gradient is reduced in the format that it has.
@@ -38,6 +51,21 @@ class WholeModel(Strategy):
     def module(self) -> pl.LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        self.guard.add(closure_loss)
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def agreed_norm(self, optimizer: Optimizer) -> Tensor:
+        parameters = self.precision_plugin.main_params(optimizer)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = get_total_norm(gradients).to(self.root_device)
+        # Of scaled gradients, the scaler leaves out those that overflow, and lowers its scale.
+        self.guard.agree(norm if self.run.precision.compute != "float16" else torch.zeros_like(norm))
+        return norm
+
+    def scale_to(self, max_norm: float, norm: Tensor, optimizer: Optimizer) -> None:
+        clip_grads_with_norm_(self.precision_plugin.main_params(optimizer), max_norm, norm)
 
     def gradient_norm(self) -> Tensor:
         # DDP has averaged the gradients by now, so every rank's own norm is the norm of the whole.
@@ -61,6 +89,14 @@ class WholeModel(Strategy):
     def narrow(self) -> None:
         narrow(self.precision_plugin)
 
+    @property
+    def scaling(self) -> LossScale | None:
+        return loss_scale_of(self.precision_plugin)
+
+    @scaling.setter
+    def scaling(self, saved: LossScale) -> None:
+        set_loss_scale(self.precision_plugin, saved)
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for fqn, parameter in self.module.named_parameters():
             yield fqn, parameter.detach().cpu()
@@ -72,7 +108,7 @@ class SingleEngine(WholeModel, SingleDeviceStrategy):
     def __init__(self, run: Run, *, checkpointing: str) -> None:
         device = torch.device("cuda", 0) if run.on_gpu else torch.device("cpu")
         super().__init__(device=device, precision_plugin=precision_plugin(run.precision, device.type))
-        self.run, self.checkpointing = run, checkpointing
+        self.run, self.checkpointing, self.guard = run, checkpointing, StepGuard()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -90,4 +126,22 @@ class DDPEngine(WholeModel, AveragesExactly):
             bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
         )
-        self.run, self.checkpointing = run, checkpointing
+        self.run, self.checkpointing, self.guard = run, checkpointing, StepGuard()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.settle_buckets()
+
+    def settle_buckets(self) -> None:
+        """Have DDP choose its buckets before the first step, by a backward of zeros; collective.
+
+        Left alone it chooses them anew after its first one. A run that goes on would then add gradients up in another
+        order in its first step than the run that was not interrupted, and differ from it in the last bit.
+        """
+        model = cast(DistributedDataParallel, self.model)
+        model.reducer.prepare_for_backward([])
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch.stack([parameter.sum() * 0.0 for parameter in trainable]).sum().backward()
+        for parameter in trainable:
+            parameter.grad = None

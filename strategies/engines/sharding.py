@@ -1,7 +1,7 @@
 """FSDP2 on the units of a net: what is sharded together, and gradients that are reduced when a schedule says so.
 
-What is private in torch, tested on 2.13: the state of an FSDPModule, for `reduce_gradients`, which does what torch's
-own pipeline schedules do once all micro-batches have been through.
+What is private in torch, tested on 2.13: the state of an FSDPModule, for `let_go`, and for `reduce_gradients`, which
+does what torch's own pipeline schedules do once all micro-batches have been through.
 """
 
 from collections import Counter
@@ -67,6 +67,12 @@ def after(units: Mapping[str, nn.Module], blocks: Sequence[str]) -> list[str]:
 
 def sharded_parts(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def let_go(part: FSDPModule) -> None:
+    """Keep no more than this rank's shards, whatever is to follow; FSDPModule.reshard leaves what awaits a backward."""
+    for group in part._get_fsdp_state()._fsdp_param_groups:
+        group._to_sharded()
 
 
 def hold(root: FSDPModule) -> None:

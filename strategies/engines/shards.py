@@ -70,8 +70,8 @@ class Shards:
         for parameter, part in zip(chain(*self.parameters), self.parts, strict=True):
             part.grad = None if parameter.grad is None else local(parameter.grad)
 
-    def norm(self) -> Tensor:
-        """L2 norm of the whole model's gradient; collective over all ranks."""
+    def square(self) -> Tensor:
+        """This rank's share of the square of the whole model's gradient norm."""
         like = self.stepped[0]
         none = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         squares = [
@@ -79,13 +79,17 @@ class Shards:
             for part, weight in zip(self.stepped, self.weights, strict=True)
             if part.grad is not None
         ]
-        total = torch.stack([none, *squares]).sum()  # of a stage that is frozen there is nothing to add up
+        return torch.stack([none, *squares]).sum()  # of a stage that is frozen there is nothing to add up
+
+    def norm(self) -> Tensor:
+        """L2 norm of the whole model's gradient; collective over all ranks."""
+        total = self.square()
         dist.all_reduce(total)
         return total.sqrt()
 
-    def clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        """Scale all gradients so that their norm is at most `clip_val`, as torch.nn.utils.clip_grad_norm_ does."""
-        scale = (clip_val / (self.norm() + 1e-6)).clamp(max=1.0)
+    def scale_to(self, max_norm: float, norm: Tensor) -> None:
+        """Scale all gradients so that their norm is at most `max_norm`, as torch.nn.utils.clip_grad_norm_ does."""
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         gradients = [part.grad for part in self.stepped if part.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, scale)

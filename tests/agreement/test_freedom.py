@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
-from strategies.checkpoint import folder_of
+from strategies.checkpoint import checkpoints, folder_of
 from tests.agreement.cases import Case, own
 from tests.agreement.grid_cases import GridCase
 from tests.agreement.test_agreement import deepspeed_imported, train_case  # noqa: F401  # an autouse fixture
@@ -50,8 +50,19 @@ FREE = {
         FreeCase(strategy="3d", world_size=8),
     )
 }
-# Every strategy is left for another and resumed from another.
-PAIRS = list(itertools.pairwise([*FREE, "single"]))
+# The same strategy goes on with another number of ranks.
+RESIZED = {
+    strategy: replace(FREE[strategy], world_size=world_size)
+    for strategy, world_size in {
+        "ddp": 4, "zero1": 4, "zero2": 8, "zero3": 4, "zero3_offload": 4, "fsdp": 2, "pipeline": 2,
+    }.items()
+}  # fmt: skip
+# Every strategy is left for another and resumed from another; the matrix has all other pairs, too.
+RING = list(itertools.pairwise([*FREE, "single"]))
+PAIRS = [
+    pytest.param(first, second, marks=[] if (first, second) in RING else pytest.mark.matrix)
+    for first, second in itertools.product(FREE, FREE)
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +80,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return run
 
 
-def resumed(run_dir: Path, strategy: str, folder: Path) -> Evidence:
-    return train_case([*FREE[strategy].overrides, f"resume='{folder_of(run_dir, SAVED)}'"], folder)
+def resumed(run_dir: Path, case: FreeCase, folder: Path) -> Evidence:
+    return train_case([*case.overrides, f"resume='{folder_of(run_dir, SAVED)}'"], folder)
 
 
 def joined(before: Evidence, after: Evidence) -> Evidence:
@@ -89,7 +100,8 @@ def test_what_one_strategy_saves_another_goes_on_with(
     first: str, second: str, tmp_path: Path, saved: Callable, references: Callable
 ) -> None:
     run_dir, before = saved(first)
-    history = joined(before, resumed(run_dir, second, tmp_path / "second"))
+    case = RESIZED.get(second, FREE[second]) if first == second else FREE[second]
+    history = joined(before, resumed(run_dir, case, tmp_path / "second"))
     assert len(history.losses) == 4
     draws: list[Draw] = [references(FREE["single"], size) for size in (32, 16)]
     assert [check for check in compare(draws, history, master="float32") if not check.passed] == []
@@ -98,10 +110,11 @@ def test_what_one_strategy_saves_another_goes_on_with(
 @pytest.mark.parametrize("strategy", [name for name in FREE if name != "3d"])
 def test_the_same_strategy_goes_on_as_if_nothing_had_been(strategy: str, tmp_path: Path, saved: Callable) -> None:
     run_dir, whole = saved(strategy)
-    assert same(resumed(run_dir, strategy, tmp_path), whole)
+    assert same(resumed(run_dir, FREE[strategy], tmp_path), whole)
 
 
 ODD = [
+    Case(strategy="ddp", world_size=4, tied=True),  # whose sums depend on the order of four addends
     own("DropsOut", strategy="ddp"),
     own("step_models.NoisyIdentity", strategy="pipeline"),
     own("HasStatistics", strategy="zero2"),
@@ -119,6 +132,24 @@ ODD = [
 def test_what_is_random_frozen_counted_or_rounded_goes_on_as_if_nothing_had_been(case: Case, tmp_path: Path) -> None:
     whole = train_case([*case.overrides, f"checkpoint.every_steps={SAVED}"], tmp_path / "whole")
     after = train_case([*case.overrides, f"resume='{folder_of(tmp_path / 'whole', SAVED)}'"], tmp_path / "after")
+    assert same(after, whole)
+
+
+AFTER_VALIDATION = [
+    Case(strategy="zero3"),
+    Case(strategy="fsdp", tied=True),
+    FREE["pipeline"],
+    GridCase(strategy="2d_pipeline", world_size=4, tied=True),
+]
+
+
+@pytest.mark.parametrize("case", AFTER_VALIDATION, ids=str)
+def test_what_is_saved_for_its_validation_loss_goes_on_as_if_nothing_had_been(case: Case, tmp_path: Path) -> None:
+    """Validation leaves units gathered that a training step would have let go of."""
+    words = [*case.overrides, f"trainer.val_every_steps={SAVED}", "checkpoint.keep_best=2"]
+    whole = train_case([*words, "checkpoint.at_end=false"], tmp_path / "whole")
+    assert checkpoints(tmp_path / "whole") == [folder_of(tmp_path / "whole", step) for step in (SAVED, 2 * SAVED)]
+    after = train_case([*words, f"resume='{folder_of(tmp_path / 'whole', SAVED)}'"], tmp_path / "after")
     assert same(after, whole)
 
 

@@ -84,7 +84,7 @@ def family(pid: int) -> list[psutil.Process]:
 def rank_process(pid: int, rank: int) -> psutil.Process:
     """The worker of `rank` among the descendants of `pid`."""
     for process in family(pid):
-        if "launch.worker" in process.cmdline() and process.environ().get("RANK") == str(rank):
+        if process.name().startswith(f"rank {rank} of "):
             return process
     raise AssertionError(f"no worker of rank {rank}")
 

@@ -1,13 +1,19 @@
 """`resume=` as a user types it: another strategy goes on at the next step; what does not fit is told in one line."""
 
 import csv
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from launch.dispatch import load_resolved
-from strategies.checkpoint import checkpoints
-from tests.launch.command import TINY, train
+from launch.resume import newest_good
+from strategies.checkpoint import MANIFEST, checkpoints
+from tests.launch.command import TINY, start, train, wait_for
 from tracking.status import read_status
 
 
@@ -88,3 +94,146 @@ def test_damaged_checkpoint_is_named(saved: Path, tmp_path: Path) -> None:
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert "1.safetensors is damaged" in run.stderr
+
+
+def copied(run_dir: Path, folder: Path) -> Path:
+    """A run that another test may damage."""
+    shutil.copytree(run_dir / "checkpoints", folder / "checkpoints")
+    return folder
+
+
+def flip_bit(newest: Path) -> None:
+    content = bytearray((newest / "0.safetensors").read_bytes())
+    content[len(content) // 2] ^= 8
+    (newest / "0.safetensors").write_bytes(content)
+
+
+def lose_shard(newest: Path) -> None:
+    (newest / "1.safetensors").unlink()
+
+
+def cut_json(newest: Path) -> None:
+    text = (newest / MANIFEST).read_text()
+    (newest / MANIFEST).write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize("damage", [flip_bit, lose_shard, cut_json])
+def test_newest_that_is_whole_is_found(
+    damage: Callable[[Path], None], saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before, newest = checkpoints(copied(saved / "first", tmp_path))
+    damage(newest)
+    assert newest_good(tmp_path) == before
+    told = capsys.readouterr().err
+    assert str(newest) in told
+    assert len(told.splitlines()) == 1
+    cut_json(before)
+    assert newest_good(tmp_path) is None
+
+
+def test_damaged_checkpoint_that_was_asked_for_is_refused_and_another_offered(saved: Path, tmp_path: Path) -> None:
+    before, newest = checkpoints(copied(saved / "first", tmp_path))
+    flip_bit(newest)
+    run = train(tmp_path, *GO_ON, f"resume='{newest}'", "run_dir=run")
+    assert run.returncode == 2
+    assert f"{newest}/0.safetensors is damaged" in run.stderr
+    assert f"{before} is whole" in run.stderr
+
+
+@pytest.mark.slow
+def test_auto_goes_on_from_the_checkpoint_before_a_damaged_one(saved: Path, tmp_path: Path) -> None:
+    before, newest = checkpoints(copied(saved / "first", tmp_path / "run"))
+    flip_bit(newest)
+    run = train(tmp_path, *GO_ON, "strategy=single", "resume=auto", "run_dir=run")
+    assert run.returncode == 0, run.stderr
+    assert f"{newest}/0.safetensors is damaged" in run.stderr
+    assert f"resume=auto: going on from {before}." in run.stderr
+    assert "step 3/6" in run.stdout
+    assert checkpoints(tmp_path / "run") == [before, newest.with_name("step-00000006")]
+    assert newest.with_name("step-00000004.damaged").exists()
+
+
+@pytest.mark.slow
+def test_run_that_is_complete_is_not_run_again(saved: Path) -> None:
+    run = train(saved, *TINY, "strategy=ddp", "model.net.num_layers=2", "run_dir=first", "resume=auto")
+    assert run.returncode == 0, run.stderr
+    assert not (saved / "first/attempts").exists()
+
+
+def test_data_may_move_but_not_change(tmp_path: Path) -> None:
+    text = "\f".join(f"Chapter {number}. " + "All happy families are alike. " * 20 for number in range(20))
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "one.txt").write_text(text)
+    words = [*TINY, "trainer.max_steps=2", "strategy=single"]
+    run = train(tmp_path, *words, "data.files='books/*.txt'", "checkpoint.every_steps=1", "run_dir=first")
+    assert run.returncode == 0, run.stderr
+    go_on = [*words, "trainer.max_steps=3", "resume=first", "data.files='novels/*.txt'"]
+    books.rename(tmp_path / "novels")
+    run = train(tmp_path, *go_on, "run_dir=second")
+    assert run.returncode == 0, run.stderr
+    (tmp_path / "novels/one.txt").write_text(text.replace("happy", "angry"))
+    run = train(tmp_path, *go_on, "run_dir=third")
+    assert run.returncode == 2
+    assert "hold something else than what it was trained on" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+    run = train(tmp_path, *go_on, "resume_despite=[data.digest]", "run_dir=fourth")
+    assert run.returncode == 0, run.stderr
+    (tmp_path / "novels/one.txt").unlink()
+    run = train(tmp_path, *go_on, "run_dir=fifth")
+    assert run.returncode == 2
+    assert "data.files='novels/*.txt' matches no file" in run.stderr
+
+
+@pytest.mark.slow
+def test_folder_of_a_run_that_still_runs_is_refused(tmp_path: Path) -> None:
+    words = ["strategy=single", *TINY, "trainer.max_steps=1000000", "trainer.val_every_steps=null", "run_dir=run"]
+    first = start(tmp_path, *words)
+    try:
+        wait_for((tmp_path / "run/status.json").exists, "the first run")
+        for resume, told in (("null", "already holds another run (running)"), ("auto", "still runs (process")):
+            second = train(tmp_path, *words, f"resume={resume}")
+            assert second.returncode == 2
+            assert told in second.stderr
+            assert len(second.stderr.splitlines()) == 1
+        assert first.poll() is None
+        status = read_status(tmp_path / "run")
+        assert status is not None
+        assert status.state == "running"
+        wait_for((tmp_path / "run/metrics.csv").exists, "its metrics")
+    finally:
+        first.send_signal(signal.SIGINT)
+        assert first.wait(timeout=30) == 130
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 5 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("only root may mount a small disk here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_full_disk_ends_the_run_and_keeps_the_checkpoint_before(
+    asynchronous: str, small_disk: Path, tmp_path: Path
+) -> None:
+    words = ["strategy=ddp", *TINY, "model.net.hidden_size=128", "model.net.mlp_size=512", "trainer.max_steps=6"]
+    words += ["checkpoint.every_steps=2", f"checkpoint.asynchronous={asynchronous}", f"run_dir={small_disk}/run"]
+    run = train(tmp_path, *words)
+    assert run.returncode == 1, run.stderr
+    assert re.search(r"checkpoint: \S+/step-00000004 cannot be written \(No space left on device\)", run.stderr)
+    assert "go on from the one before by the same command with resume=auto" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert [path.name for path in checkpoints(small_disk / "run")] == ["step-00000002"]
+    status = read_status(small_disk / "run")
+    assert status is not None
+    assert status.state == "failed"
+    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
+    run = train(tmp_path, *words, "resume=auto")
+    assert run.returncode == 0, run.stderr
+    assert "step 6/6" in run.stdout

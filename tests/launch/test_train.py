@@ -83,7 +83,8 @@ def test_resumed_sweep_runs_only_what_is_missing(sweep: tuple[Path, subprocess.C
     assert run.returncode == 1  # the broken model is still broken
     assert (folder / "0/record.json").stat().st_mtime_ns == kept
     assert states(folder) == ["completed", "failed", "completed", "failed"]
-    assert sorted(path.name for path in (folder / ".earlier").iterdir()) == ["1.0", "3.0"]
+    assert sorted(path.parent.name for path in folder.glob("*/attempts")) == ["1", "3"]
+    assert states(folder / "1" / "attempts") == ["failed"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import open_dict
 from torch import nn
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -29,7 +30,10 @@ def choices(group: str) -> list[str]:
 def model_on_meta(name: str, *overrides: str) -> Any:
     data = "digits" if name.startswith("vit") else "synthetic"  # both state their sizes, whatever else is configured
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        module = instantiate(compose("config", [f"model={name}", f"data={data}", *overrides]).model)
+        config = compose("config", [f"model={name}", f"data={data}", *overrides])
+    with open_dict(config):
+        del config.model.weights  # Concord's own key, not the constructor's
+    module = instantiate(config.model)
     module.configure_model()
     return module
 

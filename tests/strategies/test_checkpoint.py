@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from strategies.boxes import Box, boxes_of_range
-from strategies.checkpoint import MANIFEST, Manifest, begin, checkpoints, digest, folder_of, sweep
-from strategies.engines.checkpoint import CODES, Held, Named, Reader, load, save, tensors_of, write_file
+from strategies.checkpoint import MANIFEST, Manifest, begin, checkpoints, clear, digest, folder_of, note_val_loss, sweep
+from strategies.engines.checkpoint import CODES, Held, Named, Reader, Writer, load, tensors_of, write_file
 
 WEIGHT = torch.arange(35.0).view(5, 7)
 
@@ -32,14 +31,10 @@ def write(run_dir: Path, step: int, named: list[list[Named]]) -> Path:
             tensors=tensors,
         )
 
-    meeting = Barrier(len(named))
-
     def write_rank(rank: int) -> None:
-        try:
-            save(folder, named[rank], manifest, rank=rank, world_size=len(named), barrier=meeting.wait)
-        except ValueError:
-            meeting.abort()
-            raise
+        Writer(rank=rank, world_size=len(named), asynchronous=False, after=lambda: None).save(
+            folder, named[rank], manifest
+        )
 
     with ThreadPoolExecutor(len(named)) as pool:
         for done in [pool.submit(write_rank, rank) for rank in range(len(named))]:
@@ -107,9 +102,26 @@ def test_unfinished_checkpoint_is_not_found_and_swept(tmp_path: Path) -> None:
     first, second = write(tmp_path, 3, halves()), write(tmp_path, 12, halves())
     partial = begin(folder_of(tmp_path, 20))
     assert checkpoints(tmp_path) == [first, second]
-    sweep(tmp_path, keep=1)
-    assert checkpoints(tmp_path) == [second]
+    clear(tmp_path, 12)
     assert not partial.exists()
+    sweep(tmp_path, keep_last=1)
+    assert checkpoints(tmp_path) == [second]
+
+
+def test_what_was_passed_over_is_called_damaged(tmp_path: Path) -> None:
+    first, second = write(tmp_path, 3, halves()), write(tmp_path, 12, halves())
+    clear(tmp_path, 3)
+    assert checkpoints(tmp_path) == [first]
+    assert (tmp_path / "checkpoints/step-00000012.damaged").exists()
+    assert write(tmp_path, 12, halves()) == second
+
+
+def test_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    folders = {step: write(tmp_path, step, halves()) for step in (1, 2, 3, 4, 5)}
+    for step, loss in {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0, 5: 9.0}.items():
+        note_val_loss(tmp_path, step, loss)
+    sweep(tmp_path, keep_last=1, keep_best=2)
+    assert checkpoints(tmp_path) == [folders[2], folders[3], folders[5]]
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)

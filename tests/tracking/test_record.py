@@ -20,6 +20,15 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]  # no temporary file is left
 
 
+def test_a_record_from_before_steps_could_be_skipped_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    record().write(path)
+    content = json.loads(path.read_text())
+    del content["results"]["skipped_steps"]
+    path.write_text(json.dumps(content))
+    assert RunRecord.read(path).results.skipped_steps == 0
+
+
 def test_losses_that_are_no_numbers_survive_as_valid_json(tmp_path: Path) -> None:
     diverged = results(train_loss=math.nan, val_loss=math.inf, val_metrics={"val/loss": math.inf, "val/low": -math.inf})
     record(results=diverged).write(tmp_path / "record.json")

@@ -1,0 +1,86 @@
+"""Signals that ask a run to end: it saves its next step, ends in order, and says how to go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType
+
+# What schedulers send before they take a machine away, and a terminal that is closed.
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class TerminatedError(KeyboardInterrupt):
+    """A signal asked this process to end; it ends as on Ctrl-C, with the ranks ended and the status written."""
+
+    def __init__(self, number: int, message: str | None = None) -> None:
+        super().__init__(message or f"ended by {signal.Signals(number).name}")
+        self.number, self.exit_code = number, 128 + number
+
+
+class EndedError(Exception):
+    """Raised on every rank of a run that has ended because a signal asked it to, after what it had done was saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
+
+
+def end_on_signals() -> None:
+    """Let the signals raise TerminatedError; their default would leave a run's ranks to be killed."""
+
+    def end(number: int, frame: object) -> None:
+        raise TerminatedError(number)
+
+    for number in ENDING:
+        signal.signal(number, end)
+
+
+class Received:
+    """The signal that asks this process to end; 0 where there is none."""
+
+    number = 0
+
+
+def asked_by(run_dir: Path, *, is_first: bool) -> int:
+    """The signal that asks the run to end, as far as this rank knows: the first hears of the dispatcher's; or 0."""
+    word = asked_path(run_dir)
+    if is_first and not Received.number and word.exists():
+        Received.number = int(json.loads(word.read_text()))
+    return Received.number
+
+
+def remember_signals() -> None:
+    """Let the signals be answered at the end of a step, by a rank that has no dispatcher."""
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        Received.number = number
+
+    for number in ENDING:
+        signal.signal(number, remember)
+
+
+def ask_to_end(run_dir: Path, number: int) -> None:
+    """Tell the ranks of a run, from its dispatcher, that it is to end."""
+    aside = asked_path(run_dir).with_suffix(".aside")
+    aside.write_text(json.dumps(number))
+    aside.rename(asked_path(run_dir))
+
+
+def asked_path(run_dir: Path) -> Path:
+    return run_dir / "ranks" / "end.json"
+
+
+def ended_path(run_dir: Path) -> Path:
+    """Where the first rank of a run that has ended so says after which step."""
+    return run_dir / "ranks" / "ended.json"
+
+
+def last_word(run_dir: Path, number: int) -> str:
+    """What there is to say of a run that a signal has ended."""
+    step = json.loads(ended_path(run_dir).read_text())
+    return (
+        f"ended by {signal.Signals(number).name} after optimizer step {step}, which is saved; go on by the same "
+        f"command with run_dir='{run_dir}' resume=auto"
+    )

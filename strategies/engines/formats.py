@@ -1,0 +1,202 @@
+"""Weights in the formats of others: safetensors files and plain state dicts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.boxes import Box
+from strategies.checkpoint import MANIFEST, File, Manifest, Stored
+from strategies.engines.checkpoint import CODES, Held, Reader, bytes_of
+from strategies.headers import DTYPES, ITEM_BYTES
+from strategies.weights import INDEX, Rename, Source, manifest_of, renamed
+
+# What torch.load says, by its kind, of a file that is no zip of a plain dict of tensors.
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
+    struct.error,
+)  # fmt: skip
+
+
+def names_of(module: nn.Module) -> dict[str, list[str]]:
+    """By the first FQN of each parameter and persistent buffer, all FQNs that it has: a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for fqn, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            names.setdefault(id(value), []).append(fqn)
+    return {fqns[0]: fqns for fqns in names.values()}
+
+
+def places(manifest: Manifest, module: nn.Module) -> dict[str, str]:
+    """By the first FQN of each tensor of a module, the name of the same in a checkpoint's weights.
+
+    ValueError naming the first tensor that is missing, of another shape, or not the module's.
+    """
+    names, tensors = names_of(module), module.state_dict(keep_vars=True)
+    found = {
+        fqn: [f"weight/{name}" for name in fqns if f"weight/{name}" in manifest.tensors] for fqn, fqns in names.items()
+    }
+    shapes = {fqn: tuple(tensors[fqn].shape) for fqn in names}
+    missing = [fqn for fqn, known in found.items() if not known]
+    if missing:
+        raise ValueError(f"it has no {missing[0]} ({len(missing)} of the model's {len(names)} tensors are not there)")
+    wrong = [fqn for fqn in names if manifest.tensors[found[fqn][0]].shape != shapes[fqn]]
+    if wrong:
+        there = manifest.tensors[found[wrong[0]][0]].shape
+        raise ValueError(f"{wrong[0]} is of shape {there}, not {shapes[wrong[0]]} ({len(wrong)} differ)")
+    extra = sorted(manifest.tensors.keys() - {f"weight/{name}" for fqns in names.values() for name in fqns})
+    if extra:
+        first = extra[0].removeprefix("weight/")[:100]
+        raise ValueError(f"the model has no {first} ({len(extra)} of its {len(manifest.tensors)} tensors)")
+    return {fqn: known[0] for fqn, known in found.items()}
+
+
+def load_weights(reader: Reader, held: Iterable[Held], place: Mapping[str, str]) -> None:
+    """Fill what this rank holds with its part of weights that lie at `place`."""
+    with torch.no_grad():
+        for one in held:
+            for box, part in zip(one.boxes, one.select(one.stepped), strict=True):
+                part.copy_(reader.read(place[one.name], box))
+
+
+def read_whole(reader: Reader, name: str) -> Tensor:
+    return reader.read(name, Box.whole(reader.manifest.tensors[name].shape))
+
+
+def to_safetensors(source: Source, out: Path, rename: Rename, shard_bytes: float | None) -> None:
+    """Write whole weights to one file, or to a folder of files of `shard_bytes` (or a tensor) at most, and an index."""
+    with Reader(source.folder, source.manifest) as reader:
+        names = renamed((name.removeprefix("weight/") for name in source.manifest.tensors), rename)
+        tensors = {new: source.manifest.tensors[f"weight/{old}"] for new, old in names.items()}
+
+        def read(new: str) -> Tensor:
+            return read_whole(reader, f"weight/{names[new]}")
+
+        if shard_bytes is None:
+            write_plain(out, tensors, read)
+            return
+        out.mkdir()
+        shards = list(packed(tensors, shard_bytes))
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            write_plain(out / file, shard, read)
+            weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(map(size_of, tensors.values()))}, "weight_map": weight_map}
+    (out / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def to_checkpoint(tensors: Mapping[str, Stored], read: Callable[[str], Tensor], out: Path) -> None:
+    """Write whole tensors as a checkpoint's weights, with no step and no optimizer behind them."""
+    out.mkdir()
+    file = write_plain(out / "0.safetensors", tensors, read)
+    manifest = manifest_of(out, ["0.safetensors"]).model_copy(update={"files": {"0.safetensors": file}})
+    (out / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def size_of(stored: Stored) -> int:
+    return math.prod(stored.shape) * ITEM_BYTES[stored.dtype]
+
+
+def packed(tensors: Mapping[str, Stored], limit: float) -> Iterator[dict[str, Stored]]:
+    """Tensors by name, in groups that have at most `limit` bytes where they are several."""
+    group: dict[str, Stored] = {}
+    size = 0
+    for name, stored in sorted(tensors.items()):
+        if group and size + size_of(stored) > limit:
+            yield group
+            group, size = {}, 0
+        group[name] = stored
+        size += size_of(stored)
+    yield group
+
+
+def write_plain(path: Path, tensors: Mapping[str, Stored], read: Callable[[str], Tensor]) -> File:
+    """Write tensors to a safetensors file under their names; one at a time is in memory."""
+    codes = {name: code for code, (name, _) in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, stored in by_alignment(tensors):
+        start, end = end, end + size_of(stored)
+        header[name] = {"dtype": codes[stored.dtype], "shape": list(stored.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    hashed = sha256()
+    with path.open("wb") as file:
+
+        def put(block: Any) -> None:
+            file.write(block)
+            hashed.update(block)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
+        for name, _ in by_alignment(tensors):
+            put(bytes_of(read(name)))  # no name holds on to it while the next is read
+        file.flush()
+        os.fsync(file.fileno())
+    return File(size=8 + len(text) + end, sha256=hashed.hexdigest())
+
+
+def by_alignment(tensors: Mapping[str, Stored]) -> list[tuple[str, Stored]]:
+    """Those of large elements first, as safetensors itself writes them."""
+    return sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1].dtype], item[0]))
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of torch.save, Lightning's checkpoints too; ValueError if it is anything more.
+
+    Nothing in it can run: torch's own unpickler knows tensors and builtins, and here no compressed parts, which could
+    be larger than memory.
+    """
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as parts:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                    raise ValueError("it is compressed")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it cannot read, it refuses
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (*UNREADABLE, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} {unreadable(error)}") from None
+    weights = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"{path} holds no state dict, but {type(weights).__name__}; save model.state_dict().")
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in CODES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path}: {str(name)[:100]!r} is {kind}, no plain tensor; save model.state_dict().")
+    return {str(name): tensor for name, tensor in weights.items()}
+
+
+def unreadable(error: Exception) -> str:
+    """In one line, what torch says of a file that it does not load: the last of its lines names the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    asked = [line for line in lines if "GLOBAL" in line]
+    if asked:
+        return (
+            f"holds more than tensors and plain values, which could run code, and is not loaded "
+            f"({asked[0][:160]}); save its state dict alone."
+        )
+    told = next((line for line in lines if "Unsupported" in line), lines[0])
+    return f"is no plain file of torch.save ({told[:160]}); save model.state_dict(), or correct the path."
+
+
+def described(weights: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Whole tensors as a manifest speaks of them, but for where they lie."""
+    return {
+        name: Stored(shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."), pieces=[])
+        for name, tensor in weights.items()
+    }

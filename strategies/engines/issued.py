@@ -1,0 +1,25 @@
+"""How many collectives this process has issued, by which ranks that wait for each other can be told apart."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
+
+
+def collectives_issued() -> dict[str, int]:
+    """By the names of this rank's process groups; ranks of a group that agree have issued as many.
+
+    Of a group along a pipeline that is not so with gloo, which counts sends and receives, too.
+    """
+    if not dist.is_initialized():
+        return {}
+    groups: list[Any] = [group for group in list(_world.pg_map) if group.size() > 1]
+    return {group.group_name: group._get_sequence_number_for_group() for group in groups}
+
+
+def waits_in_call() -> bool:
+    """Whether a rank that waits for others does so in the call of the collective, as with gloo.
+
+    With NCCL the call returns, and it waits wherever it first looks at a result.
+    """
+    return not dist.is_initialized() or dist.get_backend() == "gloo"

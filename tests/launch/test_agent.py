@@ -1,0 +1,162 @@
+"""The agent starts ranks by fork or as programs; whichever it is, they are the same ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.dispatch import environment, load_resolved
+from tests.launch.command import REPOSITORY, TINY, alive, family, rank_process, start, train, wait_for
+from tracking.record import RunRecord
+
+pytestmark = pytest.mark.slow
+DDP = ["strategy=ddp", *TINY, "run_dir=run"]
+ENDLESS = [*DDP, "trainer.max_steps=1000000", "trainer.val_every_steps=null"]
+
+# Each case is what a forked process does; the program prints how the agent's side sees it end.
+ENDINGS = """
+import atexit, json, os, signal, subprocess, sys, threading, time
+from launch.fork import Forked
+
+def fail(number, frame):
+    raise RuntimeError("the agent's handler, in a rank")
+
+signal.signal(signal.SIGTERM, fail)
+
+def at_exit():
+    atexit.register(os.write, 1, b"left in order\\n")
+    threading.Thread(target=lambda: (time.sleep(0.3), os.write(1, b"thread done\\n"))).start()
+
+def hook():
+    sys.excepthook = lambda kind, error, trace: os._exit(7)
+    raise ValueError("for the hook")
+
+def sleep():
+    print("ready", flush=True)
+    time.sleep(60)
+
+print("said once")
+codes = {}
+for case in (at_exit, hook, lambda: sys.exit(3), lambda: sys.exit("in words"), lambda: 1 / 0,
+             lambda: os.kill(os.getpid(), signal.SIGSEGV)):
+    codes[case.__name__ + str(len(codes))] = Forked(case).wait(timeout=30)
+sleeper = Forked(sleep)
+assert sleeper.poll() is None
+assert os.getpgid(sleeper.pid) == sleeper.pid
+try:
+    sleeper.wait(timeout=1)
+except subprocess.TimeoutExpired:
+    codes["timeout"] = True
+os.killpg(sleeper.pid, signal.SIGTERM)
+codes["terminated"] = sleeper.wait(timeout=30)
+print(json.dumps(codes))
+"""
+
+
+def start_training(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A run that has taken its first steps, and all its processes."""
+    process = start(folder, *ENDLESS)
+    metrics = folder / "run/metrics.csv"
+    wait_for(
+        lambda: (metrics.exists() and metrics.stat().st_size > 100) or process.poll() is not None, "the first steps"
+    )
+    assert process.poll() is None, (folder / "err").read_text()
+    return process, family(process.pid)
+
+
+def caught(process: psutil.Process) -> set[signal.Signals]:
+    """The signals for which a process has a handler."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    return {number for number in signal.Signals if mask >> (number - 1) & 1}
+
+
+def test_forked_process_ends_as_a_program_does() -> None:
+    program = subprocess.run(
+        [sys.executable, "-c", ENDINGS], cwd=REPOSITORY, capture_output=True, text=True, timeout=90
+    )
+    assert program.returncode == 0, program.stderr
+    *lines, last = program.stdout.splitlines()
+    codes = json.loads(last)
+    assert codes == {
+        "at_exit0": 0,
+        "hook1": 7,
+        "<lambda>2": 3,
+        "<lambda>3": 1,
+        "<lambda>4": 1,
+        "<lambda>5": -signal.SIGSEGV,
+        "timeout": True,
+        "terminated": -signal.SIGTERM,
+    }
+    assert lines == ["said once", "thread done", "left in order", "ready"]
+    assert "in words" in program.stderr
+    assert "ZeroDivisionError" in program.stderr
+
+
+def test_ranks_are_forks_of_the_agent_and_react_as_programs_of_their_own(tmp_path: Path) -> None:
+    process, processes = start_training(tmp_path)
+    try:
+        agent = next(p for p in processes if "launch.agent" in p.cmdline())
+        for rank in (0, 1):
+            forked = rank_process(process.pid, rank)
+            assert forked.ppid() == agent.pid
+            assert forked.cmdline() == agent.cmdline()
+            assert os.getpgid(forked.pid) == forked.pid
+            assert {signal.SIGHUP, signal.SIGQUIT} <= caught(agent)
+            assert not {signal.SIGHUP, signal.SIGQUIT} & caught(forked)
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def test_killed_agent_takes_its_ranks_with_it(tmp_path: Path) -> None:
+    process, processes = start_training(tmp_path)
+    next(p for p in processes if "launch.agent" in p.cmdline()).kill()
+    assert process.wait(timeout=30) == 1
+    wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=5)
+    assert "the agent that runs the ranks was killed by SIGKILL" in (tmp_path / "err").read_text()
+
+
+def test_rank_that_does_not_end_when_told_is_killed(tmp_path: Path) -> None:
+    process, processes = start_training(tmp_path)
+    rank_process(process.pid, 1).suspend()  # SIGTERM has to wait now, SIGKILL does not
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert 9 < time.monotonic() - began < 20
+    wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=2)
+
+
+def test_executed_ranks_train_as_forked_ones(tmp_path: Path) -> None:
+    """The way that runs on GPUs go, on the CPU; and a run's time counts from when its imports began on both."""
+    run = train(tmp_path, *DDP)
+    assert (run.returncode, run.stderr) == (0, "")
+    executed = tmp_path / "executed"
+    (executed / "ranks").mkdir(parents=True)
+    resolved = (tmp_path / "run/resolved.yaml").read_text()
+    (executed / "resolved.yaml").write_text(resolved.replace(f"{tmp_path}/run", str(executed)))
+    agent = subprocess.run(
+        [sys.executable, "-m", "launch.agent", str(executed), "2", "exec"],
+        env=environment(load_resolved(executed)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (agent.returncode, agent.stderr) == (0, "")
+    there, here = (RunRecord.read(folder / "record.json").results for folder in (executed, tmp_path / "run"))
+    assert (there.train_loss, there.val_loss, there.steps) == (here.train_loss, here.val_loss, here.steps)
+    assert here.startup_s > 0.4 * there.startup_s
+    left, left_here = ({path.name for path in (folder / "ranks").iterdir()} for folder in (executed, tmp_path / "run"))
+    assert {"0.log", "1.log"} <= left == left_here
+
+
+def test_forked_ranks_compute_with_several_threads(tmp_path: Path) -> None:
+    """They would hang if anything in the agent had used a second thread."""
+    run = train(tmp_path, *DDP, "launcher.threads_per_rank=2", "model.net.hidden_size=64", "data.sequence_length=256")
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,108 @@
+"""A run that a signal ends has saved its work, says how to go on, and goes on as if nothing had been."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from strategies.checkpoint import checkpoints
+from tests.launch.command import TINY, alive, family, start, train, wait_for
+from tests.launch.signalling import AFTER_STEPS
+from tracking.record import RunRecord
+from tracking.status import read_status
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+RUN = ["strategy=ddp", *TINY, f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1", "run_dir=run"]
+# Validation after AFTER_STEPS, in several batches: what the one signal interrupts.
+VALIDATED = [f"trainer.val_every_steps={AFTER_STEPS}", "data.max_val_samples=32", "data.micro_batch_size=2"]
+
+
+def losses(run_dir: Path) -> dict[int, tuple[str, str]]:
+    """Training and validation loss by step, over all attempts: the last word on each counts."""
+    found: dict[int, tuple[str, str]] = {}
+    for folder in (*sorted((run_dir / "attempts").glob("*")), run_dir):
+        with (folder / "metrics.csv").open() as file:
+            for row in csv.DictReader(file):
+                train_loss, val_loss = found.get(int(float(row["step"])), ("", ""))
+                found[int(float(row["step"]))] = (row["train/loss"] or train_loss, row["val/loss"] or val_loss)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = train(folder, *RUN, *VALIDATED)
+    assert run.returncode == 0, run.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "code"),
+    [("EndsInAStep", "SIGTERM", 143), ("EndsInValidation", "SIGUSR1", 138)],
+)
+def test_signalled_run_saves_and_goes_on_as_if_nothing_had_been(
+    model: str, name: str, code: int, undisturbed: Path, tmp_path: Path
+) -> None:
+    words = [*RUN, *VALIDATED, f"model._target_=tests.launch.signalling.{model}"]
+    run = train(tmp_path, *words)
+    assert run.returncode == code, run.stderr
+    assert f"{name}: saving the next step" in run.stderr
+    told = re.search(rf"ended by {name} after optimizer step (\d+), which is saved; go on by the same", run.stderr)
+    assert told is not None, run.stderr
+    assert "Traceback" not in run.stderr
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.exit_code) == ("interrupted", code)
+    step = int(told[1])
+    assert AFTER_STEPS <= step < STEPS
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08}"]
+    again = train(tmp_path, *words, "resume=auto")
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    results = [RunRecord.read(folder / "record.json").results for folder in (tmp_path / "run", undisturbed)]
+    assert results[0].val_loss == results[1].val_loss
+
+
+def signal_during_a_save(folder: Path, number: int) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A run that saves every step gets a signal while a checkpoint is half written; SIGKILL goes to all its ranks."""
+    process = start(folder, *RUN, "trainer.max_steps=1000000", "checkpoint.every_steps=1")
+    made = folder / "run" / "checkpoints"
+    wait_for(lambda: len(checkpoints(folder / "run")) > 1 or process.poll() is not None, "the first checkpoints")
+    processes = family(process.pid)
+    wait_for(lambda: list(made.glob("*.partial")) or process.poll() is not None, "a save under way")
+    assert process.poll() is None, (folder / "err").read_text()
+    for one in processes if number == signal.SIGKILL else processes[:1]:
+        one.send_signal(number)
+    return process, processes
+
+
+def test_signal_during_a_save_ends_in_order(tmp_path: Path) -> None:
+    process, processes = signal_during_a_save(tmp_path, signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    wait_for(lambda: not alive(processes), "the end of all processes", timeout_s=5)
+    saved = json.loads((tmp_path / "run/ranks/ended.json").read_text())
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{saved:08}"
+    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
+
+
+def test_what_is_killed_during_a_save_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+    process, processes = signal_during_a_save(tmp_path, signal.SIGKILL)
+    wait_for(lambda: not alive(processes), "the end of all processes", timeout_s=5)
+    newest = checkpoints(tmp_path / "run")[-1]
+    step = int(newest.name.removeprefix("step-"))
+    run = train(tmp_path, *RUN, f"trainer.max_steps={step + 2}", "resume=auto")
+    assert run.returncode == 0, run.stderr
+    assert f"resume=auto: going on from {newest}." in run.stderr
+    assert f"step {step + 1}/{step + 2}" in run.stdout
+    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
+    attempt = read_status(tmp_path / "run/attempts/1")
+    assert attempt is not None
+    assert attempt.state == "lost"
+    assert process.wait() == -signal.SIGKILL

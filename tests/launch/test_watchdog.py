@@ -1,0 +1,197 @@
+"""A run that hangs ends, says which rank the others wait for and where, and leaves every rank's stacks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.failure import first_failure
+from launch.hang import Standing, ended_path, judge
+from tests.launch.command import (
+    REPOSITORY,
+    TINY,
+    alive,
+    family,
+    rank_process,
+    start,
+    train,
+    user_environment,
+    wait_for,
+)
+from tests.launch.hanging import HANGING_RANK, STEPS_BEFORE
+from tests.launch.test_failures import ENDLESS, training
+
+TIMEOUT_S = 30.0  # more than any rank needs between two beats while it starts, where cores are busy
+# Start-up, the time of the watchdog, its grace, and the ten seconds that a rank gets which does not end by itself.
+BOUND_S = TIMEOUT_S + 120
+
+
+def ranks_logs(run_dir: Path) -> list[str]:
+    return [(run_dir / f"ranks/{rank}.log").read_text() for rank in range(2)]
+
+
+def finish(process: subprocess.Popen[str], processes: list[psutil.Process]) -> None:
+    assert process.wait(timeout=BOUND_S) == 1
+    wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "model", "place"),
+    [
+        ("ddp", "HangsInTraining", f"in step {STEPS_BEFORE + 1}, training_step (hanging.py:"),
+        ("zero3", "HangsInTraining", f"in step {STEPS_BEFORE + 1}, training_step (hanging.py:"),
+        ("fsdp", "HangsInTraining", f"in step {STEPS_BEFORE + 1}, training_step (hanging.py:"),
+        ("pipeline", "HangsInTraining", f"in step {STEPS_BEFORE + 1}, training_step (hanging.py:"),
+        ("ddp", "HangsInValidation", "in validation after step 4, validation_step (hanging.py:"),
+        ("ddp", "HangsInSetUp", "in set-up, configure_optimizers (hanging.py:"),
+    ],
+)
+def test_hanging_rank_is_named(strategy: str, model: str, place: str, tmp_path: Path) -> None:
+    words = [f"strategy={strategy}", *TINY, "model.net.num_layers=2", f"launcher.timeout_s={TIMEOUT_S}", "run_dir=run"]
+    process = start(tmp_path, *words, f"model._target_=tests.launch.hanging.{model}")
+    run_dir = tmp_path / "run"
+    wait_for(lambda: len(list(run_dir.glob("ranks/?.log"))) == 2, "the ranks", timeout_s=BOUND_S)
+    finish(process, family(process.pid))
+    error = (tmp_path / "err").read_text().strip().splitlines()[-1]
+    named = (
+        rf"rank {HANGING_RANK} of 2 hangs: no progress for (\d+) s {re.escape(place)}\d+\); the others wait for it; "
+    )
+    found = re.search(named + re.escape(f"see {run_dir}/ranks/{HANGING_RANK}.log"), error)
+    assert found is not None, error
+    assert TIMEOUT_S - 1 <= float(found[1]) <= TIMEOUT_S + 3
+    for log in ranks_logs(run_dir):
+        assert "The stacks of its threads" in log
+        assert "in train" in log.partition("The stacks of its threads")[2]
+    assert "hanging.py" in ranks_logs(run_dir)[HANGING_RANK]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_does_not_answer_is_named_and_killed(rank: int, tmp_path: Path) -> None:
+    process = start(tmp_path, *ENDLESS, f"launcher.timeout_s={TIMEOUT_S}")
+    wait_for(lambda: training(tmp_path / "run") or process.poll() is not None, "the first steps")
+    assert process.poll() is None, (tmp_path / "err").read_text()
+    processes = family(process.pid)
+    os.kill(rank_process(process.pid, rank).pid, signal.SIGSTOP)
+    began = time.monotonic()
+    finish(process, processes)
+    assert time.monotonic() - began < TIMEOUT_S + 60
+    error = (tmp_path / "err").read_text()
+    assert re.search(rf"rank {rank} of 2 hangs: it has not answered for \d+ s; the others wait for it in step", error)
+    assert f"see {tmp_path}/run/ranks/{rank}.log" in error
+    assert "The stacks of its threads" in ranks_logs(tmp_path / "run")[1 - rank]
+
+
+@pytest.mark.slow
+def test_steps_that_are_merely_slow_are_waited_for(tmp_path: Path) -> None:
+    slow = "model._target_=tests.launch.hanging.IsSlow"
+    words = ["strategy=ddp", *TINY, "trainer.max_steps=2", f"launcher.timeout_s={TIMEOUT_S}", slow, "run_dir=run"]
+    run = train(tmp_path, *words, timeout_s=180, STEP_S=str(0.6 * TIMEOUT_S))
+    assert run.returncode == 0, run.stderr
+    assert not list((tmp_path / "run").glob("ranks/*.hang.json"))
+
+
+@pytest.mark.slow
+def test_rank_of_another_launcher_says_it_itself(tmp_path: Path) -> None:
+    hangs = "model._target_=tests.launch.hanging.HangsInTraining"
+    words = ["strategy=ddp", *TINY, f"launcher.timeout_s={TIMEOUT_S}", hangs, "run_dir=run"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(REPOSITORY / "train.py")]
+    run = subprocess.run(
+        [sys.executable, *torchrun, *words],
+        cwd=tmp_path,
+        env=user_environment(),
+        capture_output=True,
+        text=True,
+        timeout=BOUND_S,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert run.stderr.count(f"rank {HANGING_RANK} of 2 hangs: no progress for") == 1
+
+
+STANDING = Standing(
+    rank=0,
+    time=1000.0,
+    silent_s=20.0,
+    beats=14,
+    collectives={"world": 23},
+    waits=True,
+    waits_in_call=True,
+    during="step 3",
+    place="training_step (mine.py:7)",
+)
+
+
+def cause_of(folder: Path, *standings: Standing, world_size: int = 2) -> tuple[int | None, str]:
+    (folder / "ranks").mkdir(exist_ok=True)
+    for standing in standings:
+        standing.write(folder)
+    hang = judge(folder, world_size)
+    assert hang is not None
+    return hang.rank, hang.cause
+
+
+ANYWHERE = replace(STANDING, waits=False, waits_in_call=False)  # where a rank may wait that uses NCCL
+
+
+@pytest.mark.parametrize(
+    ("waiting", "lagging"),
+    [
+        (STANDING, replace(STANDING, beats=13)),
+        (STANDING, replace(STANDING, beats=13, collectives={"world": 40})),
+        (STANDING, replace(STANDING, collectives={"world": 22})),
+        (STANDING, replace(STANDING, collectives={"world": 24}, waits=False)),  # in a pipeline
+        (STANDING, replace(STANDING, collectives={"world": 23, "of ranks 1 and 2": 3}, waits=False)),
+        (ANYWHERE, replace(ANYWHERE, collectives={"world": 22})),
+        (ANYWHERE, replace(ANYWHERE, collectives={"world": 22}, waits=True)),
+    ],
+)
+def test_who_lags_is_told_by_beats_collectives_and_waiting(
+    waiting: Standing, lagging: Standing, tmp_path: Path
+) -> None:
+    rank, cause = cause_of(tmp_path, waiting, replace(lagging, rank=1))
+    assert rank == 1
+    assert cause == "hangs: no progress for 20 s in step 3, training_step (mine.py:7); the others wait for it"
+
+
+def test_ranks_that_all_stand_alike_are_told_together(tmp_path: Path) -> None:
+    ranks = [replace(STANDING, rank=rank) for rank in range(4)]
+    rank, cause = cause_of(tmp_path, *ranks, world_size=4)
+    assert rank is None
+    assert cause == ("hang, and none lags: no progress for 20 s; ranks 0-3 in step 3, training_step (mine.py:7)")
+
+
+def test_ranks_without_an_answer_are_told_unless_they_have_ended(tmp_path: Path) -> None:
+    rank, cause = cause_of(tmp_path, STANDING, world_size=4)
+    assert rank == 1
+    assert cause.startswith("hangs: it has not answered for 20 s (nor ranks 2, 3); the others wait for it in step 3")
+    for other in (1, 2, 3):
+        ended_path(tmp_path, other).touch()
+    rank, cause = cause_of(tmp_path, STANDING, world_size=4)
+    assert (rank, cause.split(":")[0]) == (0, "hangs")
+    assert "no progress for 20 s" in cause
+
+
+@pytest.mark.parametrize(("seconds", "named"), [(-1, "raised KeyError: lost"), (1, "hangs: no progress")])
+def test_an_exception_leads_only_if_it_came_before_the_hang(seconds: float, named: str, tmp_path: Path) -> None:
+    cause_of(tmp_path, STANDING, replace(STANDING, rank=1, beats=13))
+    word = {
+        "time": STANDING.time + seconds,
+        "message": "lost",
+        "cause": "raised KeyError: lost",
+        "user_error": False,
+    }
+    (tmp_path / "ranks/1.error.json").write_text(json.dumps(word))
+    (tmp_path / "ranks/exit_codes.json").write_text(json.dumps({"0": -signal.SIGKILL}))
+    failure = first_failure(tmp_path, 2, 0)
+    assert failure is not None
+    assert failure.cause.startswith(named)
