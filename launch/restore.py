@@ -52,6 +52,22 @@ class Restore(pl.Callback):
             draw_anew(self.job.config.seed + self.manifest.step)
 
 
+class Complete(pl.Callback):
+    """Finishes a run that goes on behind its last step: all that is left to do is to validate.
+
+    Put it last; `meter` measures what a loop without steps would not tell it of.
+    """
+
+    def __init__(self, meter: pl.Callback) -> None:
+        self.meter = meter
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == trainer.max_steps:
+            self.meter.on_train_start(trainer, pl_module)
+            validate(trainer)
+            self.meter.on_train_end(trainer, pl_module)
+
+
 def restore_schedule(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
     """Put a schedule, and its optimizer's rates, where they were; base rates are those of the config at hand."""
     counts = {key: value for key, value in state.items() if not isinstance(value, list)}

@@ -45,7 +45,7 @@ from launch.dispatch import EXIT_FAILED, load_resolved
 from launch.failure import record_error
 from launch.job import Job, run_of
 from launch.output import log_path, own_output
-from launch.restore import Restore
+from launch.restore import Complete, Restore
 from launch.schema import ConfigError, RunConfig
 from launch.signals import EndedError
 from launch.watchdog import Watchdog
@@ -240,6 +240,8 @@ def train_watched(
         elif config.weights is not None:
             own.append(StartingWeights(Path(config.weights), model))
         own.append(Checkpoints(job))
+        if config.resume is not None:
+            own.append(Complete(meter))
         build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
         if rank == 0:
             result = record_of(job, run_id, meter, size, cast(ShowsState, engine).dtypes)

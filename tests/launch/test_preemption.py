@@ -3,15 +3,17 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from strategies.checkpoint import checkpoints
-from tests.launch.command import TINY, alive, family, start, train, wait_for
+from strategies.checkpoint import Manifest, checkpoints
+from tests.launch.command import REPOSITORY, TINY, alive, family, start, train, user_environment, wait_for
 from tests.launch.signalling import AFTER_STEPS
 from tracking.record import RunRecord
 from tracking.status import read_status
@@ -106,3 +108,50 @@ def test_what_is_killed_during_a_save_goes_on_from_the_checkpoint_before(tmp_pat
     assert attempt is not None
     assert attempt.state == "lost"
     assert process.wait() == -signal.SIGKILL
+
+
+def test_run_that_was_killed_behind_its_last_step_is_completed(undisturbed: Path, tmp_path: Path) -> None:
+    """The last step is saved, but neither validated nor recorded."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "record.json").unlink()
+    status = read_status(run_dir)
+    assert status is not None
+    status.model_copy(update={"state": "failed"}).write(run_dir)
+    run = train(tmp_path, *RUN, *VALIDATED, "resume=auto")
+    assert run.returncode == 0, run.stderr
+    ours, theirs = (RunRecord.read(folder / "record.json").results for folder in (run_dir, undisturbed))
+    assert (ours.steps, ours.val_loss) == (theirs.steps, theirs.val_loss)
+
+
+def test_ranks_of_another_launcher_answer_signals_themselves(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [*RUN, "trainer.max_steps=1000000", "trainer.val_every_steps=null"]
+    with (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen(
+            [*command, str(REPOSITORY / "train.py"), *words],
+            cwd=tmp_path, env=user_environment(), stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+        )  # fmt: skip
+    metrics = tmp_path / "run/metrics.csv"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, "the first steps")
+    processes = family(process.pid)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    wait_for(lambda: not alive(processes), "the end of all processes", timeout_s=10)
+    told = (tmp_path / "err").read_text()
+    step = json.loads((tmp_path / "run/ranks/ended.json").read_text())
+    assert f"ended by SIGTERM after optimizer step {step}, which is saved; go on by the same command with" in told
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.exit_code) == ("interrupted", 143)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08}"]
+
+
+def test_clock_of_the_first_rank_has_all_ranks_save(tmp_path: Path) -> None:
+    words = ["checkpoint.every_minutes=0.005", "checkpoint.keep_last=1000", "trainer.max_steps=200"]
+    run = train(tmp_path, *RUN, *words)
+    assert run.returncode == 0, run.stderr
+    found = checkpoints(tmp_path / "run")
+    assert 2 < len(found) < 100
+    for folder in found:
+        Manifest.read(folder).check(folder)
