@@ -107,7 +107,9 @@ def test_what_one_strategy_saves_another_goes_on_with(
     assert [check for check in compare(draws, history, master="float32") if not check.passed] == []
 
 
-@pytest.mark.parametrize("strategy", [name for name in FREE if name != "3d"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=pytest.mark.matrix if name == "3d" else []) for name in FREE]
+)
 def test_the_same_strategy_goes_on_as_if_nothing_had_been(strategy: str, tmp_path: Path, saved: Callable) -> None:
     run_dir, whole = saved(strategy)
     assert same(resumed(run_dir, FREE[strategy], tmp_path), whole)
@@ -151,6 +153,17 @@ def test_what_is_saved_for_its_validation_loss_goes_on_as_if_nothing_had_been(ca
     assert checkpoints(tmp_path / "whole") == [folder_of(tmp_path / "whole", step) for step in (SAVED, 2 * SAVED)]
     after = train_case([*words, f"resume='{folder_of(tmp_path / 'whole', SAVED)}'"], tmp_path / "after")
     assert same(after, whole)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_master", "bf16_pure", "fp64"])
+def test_precision_may_change_on_the_way(precision: str, tmp_path: Path, saved: Callable) -> None:
+    run_dir, whole = saved("ddp")
+    case = replace(FREE["fsdp"], precision=precision)
+    history = joined(whole, resumed(run_dir, case, tmp_path))
+    assert history.samples == whole.samples
+    worst = {"bf16_pure": 0.03, "fp64": 1e-5}.get(precision, 0.01)  # bfloat16 has 8 bits, of which few are left over
+    assert np.allclose(history.losses, whole.losses, rtol=worst)
+    assert history.losses[SAVED:] != whole.losses[SAVED:]
 
 
 def same(after: Evidence, whole: Evidence) -> bool:
