@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from launch.job import Job
 from launch.resume import trained
-from launch.signals import EndedError, asked_by, ended_path
+from launch.signals import EndedError, asked_by, leave_last_word
 from strategies.checkpoint import (
     File,
     Manifest,
@@ -40,7 +39,8 @@ class Checkpoints(pl.Callback):
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config.checkpoint
-        self.saves = job.unsaved is None and (self.config.asked or not job.config.evidence)
+        self.votes = job.unsaved is None  # else there is no telling that ranks come by here equally often
+        self.saves = self.votes and (self.config.asked or not job.config.evidence)
         self.saved_step: int | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,8 +50,6 @@ class Checkpoints(pl.Callback):
         if reason and trainer.is_global_zero:
             print(f"No checkpoint is made: {reason}")
         self.saves = self.saves and reason is None
-        if not self.saves:
-            return
         keep = {"keep_last": self.config.keep_last, "keep_best": self.config.keep_best}
         self.writer = Writer(
             rank=trainer.global_rank,
@@ -61,7 +59,8 @@ class Checkpoints(pl.Callback):
         )
         if trainer.is_global_zero:
             clear(self.job.run_dir, trainer.global_step)  # of what an earlier attempt has left
-        self.vote = Vote(trainer.world_size)  # a collective: nobody writes before the folder is swept
+        if self.votes:
+            self.vote = Vote(trainer.world_size)  # a collective: nobody writes before the folder is clear
         self.saved_at = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -71,19 +70,19 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.saves or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not self.votes or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the midst of a step
         self.writer.check()
         step, every = trainer.global_step, self.config.every_steps
         signal, minutes_due = self.vote.cast(self.asked(trainer), int(self.minutes_are_over(trainer)))
         is_last = step == trainer.max_steps and bool(self.config.at_end)  # "auto" asks for it, too
-        if is_last or minutes_due or (every is not None and step % every == 0):
+        if self.saves and (is_last or minutes_due or (every is not None and step % every == 0)):
             self.save(trainer)
         if signal:
             self.end(trainer, signal)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if not self.saves:
+        if not self.votes:
             return
         signal, _ = self.vote.cast(self.asked(trainer), 0)  # every rank has as many batches
         if signal:
@@ -100,8 +99,8 @@ class Checkpoints(pl.Callback):
             self.save(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.saves:
-            self.writer.wait()
+        self.writer.wait()
+        if self.votes:
             self.vote.outcome()  # of the last ballot: no collective is left under way
 
     def asked(self, trainer: pl.Trainer) -> int:
@@ -123,12 +122,13 @@ class Checkpoints(pl.Callback):
         self.writer.save(folder, self.named(trainer), partial(filled, self.manifest(trainer)))
 
     def end(self, trainer: pl.Trainer, signal: int) -> None:
-        """End the run, on all ranks at once, with its last whole step saved."""
-        self.save(trainer)
+        """End the run, on all ranks at once, with its last whole step saved if it can be."""
+        if self.saves:
+            self.save(trainer)
         self.writer.wait()
         self.vote.outcome()
         if trainer.is_global_zero:
-            ended_path(self.job.run_dir).write_text(json.dumps(trainer.global_step))
+            leave_last_word(self.job.run_dir, step=trainer.global_step, saved=self.saves)
         raise EndedError(signal)
 
     def named(self, trainer: pl.Trainer) -> Iterator[Named]:

@@ -166,7 +166,7 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
 
 
 def wait(process: subprocess.Popen[bytes], job: Job) -> int:
-    """The agent's exit code; on a signal, after the run has saved its last step, if it can be saved."""
+    """The agent's exit code; on a signal, once its ranks have ended the run at the end of a step."""
     try:
         return process.wait()
     except TerminatedError as error:
@@ -174,7 +174,7 @@ def wait(process: subprocess.Popen[bytes], job: Job) -> int:
             raise
         ask_to_end(job.run_dir, error.number)
         name = signal.Signals(error.number).name
-        print(f"{name}: saving the next step, then ending; a second signal ends the run at once.", file=sys.stderr)
+        print(f"{name}: ending after the next step; a second signal ends the run at once.", file=sys.stderr)
     return process.wait()
 
 

@@ -73,14 +73,18 @@ def asked_path(run_dir: Path) -> Path:
 
 
 def ended_path(run_dir: Path) -> Path:
-    """Where the first rank of a run that has ended so says after which step."""
     return run_dir / "ranks" / "ended.json"
+
+
+def leave_last_word(run_dir: Path, *, step: int, saved: bool) -> None:
+    """Have the first rank of a run that ends on a signal say behind which step."""
+    ended_path(run_dir).write_text(json.dumps({"step": step, "saved": saved}))
 
 
 def last_word(run_dir: Path, number: int) -> str:
     """What there is to say of a run that a signal has ended."""
-    step = json.loads(ended_path(run_dir).read_text())
-    return (
-        f"ended by {signal.Signals(number).name} after optimizer step {step}, which is saved; go on by the same "
-        f"command with run_dir='{run_dir}' resume=auto"
-    )
+    word = json.loads(ended_path(run_dir).read_text())
+    ended = f"ended by {signal.Signals(number).name} after optimizer step {word['step']}"
+    if not word["saved"]:
+        return f"{ended}, of which nothing is saved"
+    return f"{ended}, which is saved; go on by the same command with run_dir='{run_dir}' resume=auto"

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -133,15 +133,26 @@ def write_rank(folder: Path, rank: int, named: Iterable[Named]) -> Part:
 
 
 def write_file(path: Path, tensors: Sequence[Tensor]) -> File:
-    """Write tensors, called by their numbers, in the format of safetensors; one at a time is copied to host memory.
+    """Write tensors to a safetensors file, called by their numbers."""
+    return write_tensors(path, {str(key): (one.dtype, one.shape) for key, one in enumerate(tensors)}, iter(tensors))
 
-    The format: length of the header in 8 bytes, the header as JSON, the tensors' bytes
-    (https://huggingface.co/docs/safetensors/index#format).
+
+def write_tensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterator[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> File:
+    """Write a safetensors file; of tensors that are made when they are asked for, one at a time is in (host) memory.
+
+    layout: format and shape of each, in their order. The format of the file: length of the header in 8 bytes, the
+    header as JSON, the tensors' bytes (https://huggingface.co/docs/safetensors/index#format).
     """
-    header, end = {}, 0
-    for number, tensor in enumerate(tensors):
-        start, end = end, end + tensor.nbytes
-        header[str(number)] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
     hashed = sha256()
@@ -150,6 +161,7 @@ def write_file(path: Path, tensors: Sequence[Tensor]) -> File:
         for block in blocks:
             file.write(block)
             hashed.update(block)
+            del block  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
     return File(size=8 + len(text) + end, sha256=hashed.hexdigest())

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from strategies.boxes import Box
 from strategies.checkpoint import MANIFEST, File, Manifest, Stored
-from strategies.engines.checkpoint import CODES, Held, Reader, bytes_of
-from strategies.headers import DTYPES, ITEM_BYTES
+from strategies.engines.checkpoint import CODES, Held, Reader, write_tensors
+from strategies.headers import ITEM_BYTES
 from strategies.weights import INDEX, Rename, Source, manifest_of, renamed
 
 # What torch.load says, by its kind, of a file that is no zip of a plain dict of tensors.
@@ -125,33 +122,10 @@ def packed(tensors: Mapping[str, Stored], limit: float) -> Iterator[dict[str, St
 
 def write_plain(path: Path, tensors: Mapping[str, Stored], read: Callable[[str], Tensor]) -> File:
     """Write tensors to a safetensors file under their names; one at a time is in memory."""
-    codes = {name: code for code, (name, _) in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    end = 0
-    for name, stored in by_alignment(tensors):
-        start, end = end, end + size_of(stored)
-        header[name] = {"dtype": codes[stored.dtype], "shape": list(stored.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors are aligned
-    hashed = sha256()
-    with path.open("wb") as file:
-
-        def put(block: Any) -> None:
-            file.write(block)
-            hashed.update(block)
-
-        put(len(text).to_bytes(8, "little"))
-        put(text)
-        for name, _ in by_alignment(tensors):
-            put(bytes_of(read(name)))  # no name holds on to it while the next is read
-        file.flush()
-        os.fsync(file.fileno())
-    return File(size=8 + len(text) + end, sha256=hashed.hexdigest())
-
-
-def by_alignment(tensors: Mapping[str, Stored]) -> list[tuple[str, Stored]]:
-    """Those of large elements first, as safetensors itself writes them."""
-    return sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1].dtype], item[0]))
+    # Those of large elements first, as safetensors itself writes them.
+    ordered = sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1].dtype], item[0]))
+    layout = {name: (getattr(torch, stored.dtype), stored.shape) for name, stored in ordered}
+    return write_tensors(path, layout, map(read, layout), {"format": "pt"})  # transformers asks for it
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

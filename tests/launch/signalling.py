@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from launch.signals import asked_path
 from models.language import LanguageModel
+from tests.launch.command import wait_for
 from tracking.status import read_status
 
 AFTER_STEPS = 5
@@ -33,9 +35,10 @@ class EndsInValidation(LanguageModel):
 
 def end(run_dir: Path, number: signal.Signals) -> None:
     """Signal a run's dispatcher, once: a run that goes on is left alone."""
-    if (run_dir / "attempts").exists():
+    if (run_dir / "attempts").exists() or asked_path(run_dir).exists():
         return
     status = read_status(run_dir)
     assert status is not None
     assert status.dispatcher is not None
     os.kill(status.dispatcher[1], number)
+    wait_for(asked_path(run_dir).exists, "the dispatcher")  # or the run might be over before it hears

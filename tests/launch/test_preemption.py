@@ -33,7 +33,7 @@ def losses(run_dir: Path) -> dict[int, tuple[str, str]]:
         with (folder / "metrics.csv").open() as file:
             for row in csv.DictReader(file):
                 train_loss, val_loss = found.get(int(float(row["step"])), ("", ""))
-                found[int(float(row["step"]))] = (row["train/loss"] or train_loss, row["val/loss"] or val_loss)
+                found[int(float(row["step"]))] = (row["train/loss"] or train_loss, row.get("val/loss") or val_loss)
     return found
 
 
@@ -55,7 +55,7 @@ def test_signalled_run_saves_and_goes_on_as_if_nothing_had_been(
     words = [*RUN, *VALIDATED, f"model._target_=tests.launch.signalling.{model}"]
     run = train(tmp_path, *words)
     assert run.returncode == code, run.stderr
-    assert f"{name}: saving the next step" in run.stderr
+    assert f"{name}: ending after the next step" in run.stderr
     told = re.search(rf"ended by {name} after optimizer step (\d+), which is saved; go on by the same", run.stderr)
     assert told is not None, run.stderr
     assert "Traceback" not in run.stderr
@@ -89,7 +89,7 @@ def test_signal_during_a_save_ends_in_order(tmp_path: Path) -> None:
     process, processes = signal_during_a_save(tmp_path, signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     wait_for(lambda: not alive(processes), "the end of all processes", timeout_s=5)
-    saved = json.loads((tmp_path / "run/ranks/ended.json").read_text())
+    saved = json.loads((tmp_path / "run/ranks/ended.json").read_text())["step"]
     assert checkpoints(tmp_path / "run")[-1].name == f"step-{saved:08}"
     assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
 
@@ -139,12 +139,19 @@ def test_ranks_of_another_launcher_answer_signals_themselves(tmp_path: Path) -> 
     process.wait(timeout=60)
     wait_for(lambda: not alive(processes), "the end of all processes", timeout_s=10)
     told = (tmp_path / "err").read_text()
-    step = json.loads((tmp_path / "run/ranks/ended.json").read_text())
+    step = json.loads((tmp_path / "run/ranks/ended.json").read_text())["step"]
     assert f"ended by SIGTERM after optimizer step {step}, which is saved; go on by the same command with" in told
     status = read_status(tmp_path / "run")
     assert status is not None
     assert (status.state, status.exit_code) == ("interrupted", 143)
     assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08}"]
+
+
+def test_run_that_cannot_be_saved_ends_all_the_same(tmp_path: Path) -> None:
+    run = train(tmp_path, *RUN, "evidence=true", "model._target_=tests.launch.signalling.EndsInAStep")
+    assert run.returncode == 143, run.stderr
+    assert re.search(r"ended by SIGTERM after optimizer step \d+, of which nothing is saved", run.stderr)
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_clock_of_the_first_rank_has_all_ranks_save(tmp_path: Path) -> None:
