@@ -105,8 +105,10 @@ class Census(pl.Callback):
         self.gradients_peak = max(self.gradients_peak, gradients + incoming)
         self.buffers_peak = max(self.buffers_peak, sum(buffers.values()))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
-        if trainer.global_step == STEADY and not self.counter.counts:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == STEADY and batch_idx % trainer.accumulate_grad_batches == 0:
             self.counter.__enter__()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
