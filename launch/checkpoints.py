@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import LRScheduler
 
-from launch.job import Job
+from launch.job import Job, collective_timeout_s
 from launch.resume import trained
 from launch.signals import EndedError, asked_by, leave_last_word
 from strategies.checkpoint import (
@@ -42,6 +42,7 @@ class Checkpoints(pl.Callback):
         self.votes = job.unsaved is None  # else there is no telling that ranks come by here equally often
         self.saves = self.votes and (self.config.asked or not job.config.evidence)
         self.saved_step: int | None = None
+        self.draws: list[Named] = []  # where this rank's generators stood at the end of the last step
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reason = unsaved(pl_module, trainer) if self.saves else None
@@ -60,12 +61,11 @@ class Checkpoints(pl.Callback):
         if trainer.is_global_zero:
             clear(self.job.run_dir, trainer.global_step)  # of what an earlier attempt has left
         if self.votes:
-            self.vote = Vote(trainer.world_size)  # a collective: nobody writes before the folder is clear
+            # A collective: nobody writes before the folder is clear.
+            self.vote = Vote(trainer.world_size, collective_timeout_s(self.job.config))
         self.saved_at = time.monotonic()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.job.config.resume == str(folder_of(self.job.run_dir, trainer.global_step)):
-            self.saved_step = trainer.global_step
+            self.saved_step = trainer.global_step  # it is this very checkpoint that the run goes on from
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,6 +73,8 @@ class Checkpoints(pl.Callback):
         if not self.votes or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the midst of a step
         self.writer.check()
+        # Validation may draw numbers, and is done again by a run that goes on from what is saved in it.
+        self.draws = list(checkpoint.draws(trainer.global_rank, trainer.strategy.root_device))
         step, every = trainer.global_step, self.config.every_steps
         signal, minutes_due = self.vote.cast(self.asked(trainer), int(self.minutes_are_over(trainer)))
         is_last = step == trainer.max_steps and bool(self.config.at_end)  # "auto" asks for it, too
@@ -136,7 +138,7 @@ class Checkpoints(pl.Callback):
         for held in engine.held():
             if held.writes:
                 yield from checkpoint.tensors_of(held, engine.stepping)
-        yield from checkpoint.draws(trainer.global_rank, trainer.strategy.root_device)
+        yield from self.draws or checkpoint.draws(trainer.global_rank, trainer.strategy.root_device)
 
     def manifest(self, trainer: pl.Trainer) -> Manifest:
         """All that is to be said of a checkpoint but what lies in which file."""

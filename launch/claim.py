@@ -13,16 +13,17 @@ from tracking.status import RunStatus, read_status
 KEPT = ("attempts", "checkpoints", "wandb", ".claim")
 
 
-def claim_folder(run_dir: Path, status: RunStatus, *, again: bool = False) -> None:
+def claim_folder(run_dir: Path, status: RunStatus, *, again: bool = False, is_over: bool = False) -> None:
     """Make the run folder this run's, and say so in its status.json.
 
-    ConfigError if it cannot be written, or holds another run; with `again`, only if that one still runs.
+    ConfigError if it cannot be written, or holds another run; with `again`, only if that one still runs. `is_over`:
+    whether an earlier attempt there is known to have ended, whatever its status says.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(run_dir / ".claim", timeout=0):  # the system gives it back also when its holder is killed
             other = read_status(run_dir)
-            if (run_dir / "ranks").exists() and not (again and (other is None or other.state != "running")):
+            if (run_dir / "ranks").exists() and not (again and (is_over or other is None or other.state != "running")):
                 raise taken(run_dir, other, again=again)
             if again:
                 set_attempt_aside(run_dir)

@@ -26,8 +26,7 @@ from launch.lifeline import parented
 from launch.resume import check_resumed_data, resolve_resume
 from launch.schema import ConfigError, RunConfig, validate
 from launch.signals import TerminatedError, ask_to_end, asked_by, ended_path, last_word
-from launch.start import resolve_weights
-from tracking.record import RunRecord
+from launch.start import check_one_start, resolve_weights
 from tracking.status import RunStatus, ended, read_status, running
 
 # What a launcher leaves in the environment of its processes; a run of ours inherits none of it.
@@ -55,9 +54,9 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], 
     a folder that belongs to another run, in the run folder's status.json. Lets KeyboardInterrupt through.
     """
     status = running(name, name)
-    if again and (done := complete(run_dir, make_tree)):
-        return done
     try:
+        if again and (done := complete(run_dir, make_tree)):
+            return done
         claim_folder(run_dir, status, again=again)
     except ConfigError as error:
         return ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
@@ -79,10 +78,11 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], 
 def complete(run_dir: Path, make_tree: Callable[[], dict[str, Any]]) -> RunStatus | None:
     """The status of a run that has already taken all the steps it is asked for; None where there is more to do."""
     status = read_status(run_dir)
-    if status is None or status.state != "completed":
+    if status is None or status.state != "completed" or not (run_dir / "resolved.yaml").exists():
         return None
-    steps = RunRecord.read(run_dir / "record.json").results.steps
-    return status if make_tree()["trainer"]["max_steps"] <= steps else None
+    asked, done = validate({**make_tree(), "run_dir": str(run_dir)}), load_resolved(run_dir)
+    same = (asked.model, asked.data, asked.trainer) == (done.model, done.data, done.trainer)
+    return status if same else None  # else there is more to do, or something to be refused
 
 
 def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
@@ -90,7 +90,7 @@ def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
     final = ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
     final.write(run_dir)
     ranks = run_dir / "ranks"
-    if ranks.is_dir():
+    with suppress(OSError):  # not there yet; or ranks of another launcher have begun to write there
         ranks.rmdir()
     return final
 
@@ -102,7 +102,11 @@ def prepare(
 
     World sizes are given by a rank of another launcher; of those, only the first is to `write` resolved.yaml.
     """
-    config = resolve_resume(resolve_weights(resolve(validate(tree), world_size, local_world_size)))
+    config = resolve(validate(tree), world_size, local_world_size)
+    check_one_start(config)
+    config = resolve_resume(config)
+    if config.resume is None:
+        config = resolve_weights(config)
     job = Job.of(config)
     try:
         job.data.prepare()
@@ -123,7 +127,9 @@ def prepare(
     if job.extensions:
         preflight.build_extensions(job.extensions, config.launcher.accelerator, environment(config))
     if write:
-        (job.run_dir / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        aside = job.run_dir / ".resolved.yaml"
+        aside.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        aside.rename(job.run_dir / "resolved.yaml")  # ranks of another launcher wait for it
     return job
 
 
@@ -174,8 +180,14 @@ def wait(process: subprocess.Popen[bytes], job: Job) -> int:
             raise
         ask_to_end(job.run_dir, error.number)
         name = signal.Signals(error.number).name
-        print(f"{name}: ending after the next step; a second signal ends the run at once.", file=sys.stderr)
-    return process.wait()
+        with suppress(OSError):  # the terminal may be what has ended
+            print(f"{name}: ending after the next step; a second signal ends the run at once.", file=sys.stderr)
+    while True:
+        try:
+            return process.wait()
+        except TerminatedError as error:
+            if error.number != signal.SIGHUP:  # of which a closing terminal's shell and system send one each
+                raise
 
 
 def headline(job: Job) -> str:

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def run_application(application: Callable[[], None]) -> int:
         sys.argv = resumed_argv(sys.argv)
         application()
     except KeyboardInterrupt as error:
-        print(f"{error or 'interrupted by Ctrl-C'}; no process of the run is left.", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be what has ended
+            print(f"{error or 'interrupted by Ctrl-C'}; no process of the run is left.", file=sys.stderr)
         interrupted = error.exit_code if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
     except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
         print(one_line(error), file=sys.stderr)

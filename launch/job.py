@@ -117,13 +117,18 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
     )
 
 
+def collective_timeout_s(config: RunConfig) -> float:
+    """How long a collective may wait for other ranks."""
+    return config.launcher.timeout_s + COLLECTIVE_MARGIN_S
+
+
 def run_of(config: RunConfig, data: Data, accelerator: str, stats: ModelStats | None = None) -> Run:
     """What the config says to a strategy."""
     return Run(
         precision=config.precision,
         seed=config.seed,
         accelerator=accelerator,
-        timeout_s=config.launcher.timeout_s + COLLECTIVE_MARGIN_S,
+        timeout_s=collective_timeout_s(config),
         micro_batch_size=data.micro_batch_size,
         compile=config.compile,
         stats=stats,

@@ -13,12 +13,14 @@ from hydra.errors import HydraException
 
 from launch.claim import claim_folder
 from launch.compose import compose, quoted
-from launch.dispatch import EXIT_REFUSED, prepare, refuse
+from launch.dispatch import EXIT_FAILED, EXIT_REFUSED, load_resolved, prepare, refuse
 from launch.entry import one_line
+from launch.job import Job
 from launch.schema import AUTO, ConfigError
 from launch.signals import last_word, remember_signals
 from tracking.status import ended, running
 
+STARTED = time.time()
 CLAIM_TIMEOUT_S = 60  # ranks start together; a shared file system may take seconds to show a new folder
 
 # SLURM numbers the steps of a job from 0; an interactive shell and the batch script have ids above these.
@@ -103,7 +105,8 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
         tree = compose(overrides)
         run_dir = Path(str(tree["run_dir"])).resolve()
         if launcher.rank == 0:
-            claim_folder(run_dir, running(str(tree["name"]), str(tree["name"])), again=tree["resume"] == AUTO)
+            status = running(str(tree["name"]), str(tree["name"]))
+            claim_folder(run_dir, status, again=tree["resume"] == AUTO, is_over=restarts(run_dir, launcher))
             claim_word(run_dir, launcher).touch()
         else:
             wait_for_claim(run_dir, launcher)
@@ -116,7 +119,10 @@ def run_claimed(launcher: OuterLauncher, run_dir: Path, tree: dict[str, object])
     """Be this rank in a run folder that is this run's."""
     status = running(str(tree["name"]), str(tree["name"]))
     try:
-        job = prepare(tree, launcher.world_size, launcher.local_world_size, write=launcher.rank == 0)
+        if launcher.rank == 0:
+            job = prepare(tree, launcher.world_size, launcher.local_world_size)
+        else:
+            job = join_prepared(run_dir, launcher)
     except ConfigError as error:
         if launcher.rank == 0:
             claim_word(run_dir, launcher).unlink()
@@ -128,7 +134,12 @@ def run_claimed(launcher: OuterLauncher, run_dir: Path, tree: dict[str, object])
 
     if job.unsaved is None:
         remember_signals()
-    number = run_rank(job)  # a failure ends the process there, after leaving word in ranks/
+    try:
+        number = run_rank(job)
+    except BaseException as error:  # the excepthook leaves word in ranks/, and ends the process
+        if launcher.rank == 0:
+            ended(status, "failed", error=f"{type(error).__name__}: {error}", exit_code=EXIT_FAILED).write(run_dir)
+        raise
     if launcher.rank == 0 and number:
         word = last_word(run_dir, number)
         print(word, file=sys.stderr)
@@ -148,10 +159,38 @@ def claim_word(run_dir: Path, launcher: OuterLauncher) -> Path:
     return run_dir / "ranks" / f"of-{launcher.name}-{launcher.job_id}-{launcher.restarts}"
 
 
+def is_fresh(word: Path) -> bool:
+    """Whether the first rank of this very launch has written it, and not that of an earlier one by the same id."""
+    try:
+        return word.stat().st_mtime > STARTED - CLAIM_TIMEOUT_S
+    except FileNotFoundError:
+        return False
+
+
+def restarts(run_dir: Path, launcher: OuterLauncher) -> bool:
+    """Whether the launcher starts this very job anew in a folder that an earlier attempt of it has claimed."""
+    words = (run_dir / "ranks").glob(f"of-{launcher.name}-{launcher.job_id}-*")
+    return launcher.restarts > 0 and any(words)
+
+
+def join_prepared(run_dir: Path, launcher: OuterLauncher) -> Job:
+    """The job as the first rank has resolved it: all ranks go on from the same checkpoint."""
+    while not (run_dir / "resolved.yaml").exists():
+        if not claim_word(run_dir, launcher).exists():
+            raise ConfigError("The first rank refused the run; see its own message.")
+        time.sleep(0.1)
+    job = Job.of(load_resolved(run_dir))
+    try:
+        job.data.prepare()  # this machine may have caches of its own
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return job
+
+
 def wait_for_claim(run_dir: Path, launcher: OuterLauncher) -> None:
     """Wait until the first rank has made the run folder its own; without its word, touch nothing and give up."""
     deadline = time.monotonic() + CLAIM_TIMEOUT_S
-    while not claim_word(run_dir, launcher).exists():
+    while not is_fresh(claim_word(run_dir, launcher)):
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"The first rank did not claim run_dir={run_dir} in {CLAIM_TIMEOUT_S} s: it refused, or does not "

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.schema import AUTO, ConfigError, RunConfig, leaves
-from strategies.checkpoint import MANIFEST, Manifest, checkpoints
+from launch.job import check_checkpoint
+from launch.schema import AUTO, ConfigError, RunConfig, build_spec, leaves
+from strategies.checkpoint import MANIFEST, Manifest, checkpoints, recover
+from strategies.spec import Strategy
 
 TRAINED = ("model", "data")  # sections that decide what is trained on what
 STEPPED = ("model.optimizer.", "model.scheduler.")  # how it is trained may change on the way
@@ -30,10 +32,14 @@ def resolve_resume(config: RunConfig) -> RunConfig:
     if config.resume is None:
         return config
     if config.resume == AUTO:
+        recover(Path(config.run_dir))
         folder = newest_good(Path(config.run_dir))
         if folder is None:
             print(f"resume=auto: {config.run_dir} holds no checkpoint; starting at step 0.", file=sys.stderr)
             return config.model_copy(update={"resume": None})
+        check_checkpoint(
+            config.model_copy(update={"resume": str(folder)}), build_spec(config.strategy, "strategy", Strategy)
+        )
         print(f"resume=auto: going on from {folder}.", file=sys.stderr)
     else:
         folder = find(config.resume)

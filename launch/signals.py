@@ -34,7 +34,8 @@ def end_on_signals() -> None:
         raise TerminatedError(number)
 
     for number in ENDING:
-        signal.signal(number, end)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, end)
 
 
 class Received:
@@ -56,9 +57,11 @@ def remember_signals() -> None:
 
     def remember(number: int, frame: FrameType | None) -> None:
         Received.number = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
 
     for number in ENDING:
-        signal.signal(number, remember)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, remember)
 
 
 def ask_to_end(run_dir: Path, number: int) -> None:

@@ -19,8 +19,9 @@ import lightning.pytorch as pl
 from launch.dispatch import EXIT_FAILED
 from launch.failure import Failure
 from launch.hang import Standing, ended_path, is_reported, judge, read_standings, silent_ranks
+from launch.job import COLLECTIVE_MARGIN_S
 from launch.output import log_path
-from strategies.engines.issued import collectives_issued, waits_in_call
+from strategies.engines.issued import collectives_issued, set_timeouts, waits_in_call
 
 POLL_S = 0.5  # also how soon the others hear of it
 GRACE_S = 5.0  # for the others to answer; a thread needs a second at most, a shared file system some more
@@ -100,17 +101,19 @@ class Watchdog(pl.Callback):
         """Leave word of where this rank stands, wait for the others to do the same, and end the process."""
         faulthandler.cancel_dump_traceback_later()
         began = time.monotonic()
-        with suppress(OSError):  # on a full disk there is no place for last words
-            self.standing(silent_s).write(self.run_dir)
-            log.write(f"rank {self.rank} has made no progress for {silent_s:.0f} s. The stacks of its threads:\n")
-            log.flush()
-            faulthandler.dump_traceback(log)
-            log.flush()
-            while self.unanswered() and time.monotonic() - began < GRACE_S:
-                time.sleep(POLL_S / 5)
-            if self.terminal is not None:
-                self.say(self.terminal)
-        os._exit(EXIT_FAILED)
+        try:
+            with suppress(OSError):  # on a full disk there is no place for last words
+                self.standing(silent_s).write(self.run_dir)
+                log.write(f"rank {self.rank} has made no progress for {silent_s:.0f} s. The stacks of its threads:\n")
+                log.flush()
+                faulthandler.dump_traceback(log)
+                log.flush()
+                while self.unanswered() and time.monotonic() - began < GRACE_S:
+                    time.sleep(POLL_S / 5)
+                if self.terminal is not None:
+                    self.say(self.terminal)
+        finally:
+            os._exit(EXIT_FAILED)
 
     def unanswered(self) -> list[int]:
         return silent_ranks(self.run_dir, self.world_size, read_standings(self.run_dir))
@@ -149,6 +152,7 @@ class Watchdog(pl.Callback):
         self.beat()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        set_timeouts(self.timeout_s + COLLECTIVE_MARGIN_S)  # of mesh axes and DeepSpeed's own groups, too
         self.beat()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

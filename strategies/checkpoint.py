@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from random import SystemRandom
 from typing import Annotated, Any, Literal, Self
@@ -27,7 +28,7 @@ from strategies.boxes import Box
 from strategies.headers import ITEM_BYTES, Count, Counts, read_header, read_json, reason
 
 MANIFEST = "checkpoint.json"
-PARTIAL, DAMAGED = ".partial", ".damaged"
+PARTIAL, REPLACED, DAMAGED = ".partial", ".replaced", ".damaged"
 VAL_LOSSES = "val_losses.json"
 BLOCK_BYTES = 2**20
 MANIFEST_BYTES = 2**28  # more than a million pieces: 2,400 tensors of a 70B model on 512 ranks have as many
@@ -159,11 +160,14 @@ class Manifest(Strict):
 def check_file(path: Path, file: File) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is missing; choose another checkpoint.")
-    size = path.stat().st_size
+    try:
+        size, found = path.stat().st_size, digest(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); choose another checkpoint.") from None
     if size != file.size:
         difference = f"it has {size} bytes, {file.size} were written"
         raise ValueError(f"{path} is damaged: {difference}; choose another checkpoint.")
-    if digest(path) != file.sha256:
+    if found != file.sha256:
         raise ValueError(f"{path} is damaged: it holds other bytes than were written; choose another checkpoint.")
 
 
@@ -232,9 +236,12 @@ def finish(folder: Path, manifest: Manifest) -> None:
     path.write_text(manifest.model_dump_json())
     flush(path)
     flush(partial)
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier one of the same step, from before a resume
+    replaced = folder.with_name(folder.name + REPLACED)
+    if folder.exists():  # an earlier one of the same step
+        folder.rename(replaced)
     partial.rename(folder)
     flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -271,10 +278,14 @@ def val_losses(run_dir: Path) -> dict[int, float]:
 
 
 def note_val_loss(run_dir: Path, step: int, loss: float) -> None:
+    write_val_losses(run_dir, {**val_losses(run_dir), step: loss})
+
+
+def write_val_losses(run_dir: Path, losses: Mapping[int, float]) -> None:
     path = run_dir / "checkpoints" / VAL_LOSSES
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".aside")
-    aside.write_text(json.dumps({**val_losses(run_dir), step: loss}))
+    aside.write_text(json.dumps(losses))
     aside.rename(path)
 
 
@@ -292,14 +303,25 @@ def sweep(run_dir: Path, *, keep_last: int, keep_best: int = 0) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def recover(run_dir: Path) -> None:
+    """Give its name back to a checkpoint that was to be replaced when the run was killed."""
+    for replaced in (run_dir / "checkpoints").glob(f"*{REPLACED}"):
+        folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if not folder.exists():
+            replaced.rename(folder)
+
+
 def clear(run_dir: Path, step: int) -> None:
     """Prepare the folder for a run that starts at `step`: only checkpoints of its own history are found there then.
 
     For when nobody writes one. What was never finished is removed. Checkpoints of later steps, which were passed over
     because they are damaged, are called so.
     """
-    for partial in (run_dir / "checkpoints").glob(f"*{PARTIAL}"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for left in chain.from_iterable((run_dir / "checkpoints").glob(f"*{end}") for end in (PARTIAL, REPLACED)):
+        shutil.rmtree(left, ignore_errors=True)
+    losses = val_losses(run_dir)
+    if any(later > step for later in losses):
+        write_val_losses(run_dir, {earlier: loss for earlier, loss in losses.items() if earlier <= step})
     for folder in checkpoints(run_dir):
         if folder > folder_of(run_dir, step):
             damaged = folder.with_name(folder.name + DAMAGED)

@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOBase
 from typing import Any, BinaryIO, TextIO, cast, final
 
@@ -58,7 +60,9 @@ class Progress(ProgressBar):
         if self._step == self._first_step + 1:
             self._after_first = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._step, f"{self._text('train/loss')}  {self._rate()}  eta {self._eta(trainer)}")
+            text = f"{self._text('train/loss')}  {self._rate()}  eta {self._eta(trainer)}"
+            with self._losing_terminal():
+                self._bar.update(self._step, text)
         if self._meter.logged_step > self._shown_step:
             self._shown_step = self._meter.logged_step
             line = f"{self._text('train/loss')}  {self._rate()}  eta {self._eta(trainer)}"
@@ -77,14 +81,26 @@ class Progress(ProgressBar):
     def _say(self, trainer: pl.Trainer, text: str, *, draw: bool) -> None:
         line = f"step {trainer.global_step}/{trainer.max_steps}  {text}\n"
         if self._bar is not None:
-            self._bar.say(line, draw=draw)
+            with self._losing_terminal():
+                self._bar.say(line, draw=draw)
         else:
             sys.stdout.write(line)
             sys.stdout.flush()
 
     def _close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with self._losing_terminal():
+                self._bar.close()
+            self._bar = None
+
+    @contextmanager
+    def _losing_terminal(self) -> Iterator[None]:
+        """A terminal that is closed takes the bar with it, not the run."""
+        try:
+            yield
+        except OSError:
+            if self._bar is not None:
+                sys.stdout, sys.stderr = self._bar.streams
             self._bar = None
 
     def _text(self, key: str) -> str:
@@ -115,7 +131,7 @@ class _Bar:
     """The bar on the terminal, and stdout and stderr led above it as long as it is up."""
 
     def __init__(self, terminal: TextIO, log: TextIO | None, *, done: int, total: int) -> None:
-        self._out, self._err = sys.stdout, sys.stderr
+        self._out, self._err = self.streams = sys.stdout, sys.stderr
         # rich would ask stdin, stdout and stderr for the width, and those may all be files here.
         width = os.get_terminal_size(terminal.fileno()).columns or None
         self._console = Console(file=terminal, force_terminal=True, width=width)

@@ -1,9 +1,10 @@
-"""How many collectives this process has issued, by which ranks that wait for each other can be told apart."""
+"""Process groups: how many collectives they have issued, which tells ranks that wait apart, and how long they wait."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _world
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 
 def collectives_issued() -> dict[str, int]:
@@ -23,3 +24,10 @@ def waits_in_call() -> bool:
     With NCCL the call returns, and it waits wherever it first looks at a result.
     """
     return not dist.is_initialized() or dist.get_backend() == "gloo"
+
+
+def set_timeouts(seconds: float) -> None:
+    """Have all groups of this rank wait so long; whoever has made them, as a rule they were given torch's default."""
+    if dist.is_initialized():
+        for group in list(_world.pg_map):
+            _set_pg_timeout(timedelta(seconds=seconds), group)

@@ -79,8 +79,10 @@ class WholeModel(ChecksSteps):
         rank, world_size = self.module.trainer.global_rank, self.module.trainer.world_size
         masters = masters_of(self.precision_plugin)
         named = [(fqn, masters.get(parameter, parameter)) for fqn, parameter in self.module.named_parameters()]
-        for number, (fqn, tensor) in enumerate([*named, *persistent_buffers(self.module)]):
+        for number, (fqn, tensor) in enumerate(named):
             yield Held.whole(fqn, tensor, writes=number % world_size == rank)
+        for fqn, buffer in persistent_buffers(self.module):
+            yield Held.whole(fqn, buffer, writes=rank == 0)  # the first rank's are everybody's in the next forward
 
     @property
     def stepping(self) -> Optimizer:

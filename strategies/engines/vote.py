@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,9 +15,10 @@ class Vote:
     Each is a small all-reduce in host memory that is begun, and asked for its outcome at the next.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, timeout_s: float) -> None:
         """Collective, where there are several ranks."""
-        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+        timeout = timedelta(seconds=timeout_s)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self.ballot: tuple[Tensor, dist.Work] | None = None
 
     def cast(self, *asked: int) -> list[int]:

@@ -120,6 +120,7 @@ ODD = [
     own("DropsOut", strategy="ddp"),
     own("step_models.NoisyIdentity", strategy="pipeline"),
     own("HasStatistics", strategy="zero2"),
+    own("HasStatistics", strategy="ddp", world_size=4),
     own("ResNet", strategy="fsdp", optimizer="sgd"),
     own("FrozenStem", strategy="zero2"),
     own("FrozenStem", strategy="zero3"),
@@ -138,6 +139,7 @@ def test_what_is_random_frozen_counted_or_rounded_goes_on_as_if_nothing_had_been
 
 
 AFTER_VALIDATION = [
+    own("DropsOut", strategy="ddp"),
     Case(strategy="zero3"),
     Case(strategy="fsdp", tied=True),
     FREE["pipeline"],
