@@ -42,7 +42,9 @@ class Checkpoints(pl.Callback):
         self.votes = job.unsaved is None  # else there is no telling that ranks come by here equally often
         self.saves = self.votes and (self.config.asked or not job.config.evidence)
         self.saved_step: int | None = None
-        self.draws: list[Named] = []  # where this rank's generators stood at the end of the last step
+        # Where this rank's generators stood before the validation under way: it draws numbers, and is done again by a
+        # run that goes on from what is saved in it.
+        self.draws: list[Named] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reason = unsaved(pl_module, trainer) if self.saves else None
@@ -73,9 +75,8 @@ class Checkpoints(pl.Callback):
         if not self.votes or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the midst of a step
         self.writer.check()
-        # Validation may draw numbers, and is done again by a run that goes on from what is saved in it.
-        self.draws = list(checkpoint.draws(trainer.global_rank, trainer.strategy.root_device))
         step, every = trainer.global_step, self.config.every_steps
+        self.draws = list(self.draws_now(trainer)) if self.validates(step) else []
         signal, minutes_due = self.vote.cast(self.asked(trainer), int(self.minutes_are_over(trainer)))
         is_last = step == trainer.max_steps and bool(self.config.at_end)  # "auto" asks for it, too
         if self.saves and (is_last or minutes_due or (every is not None and step % every == 0)):
@@ -138,7 +139,15 @@ class Checkpoints(pl.Callback):
         for held in engine.held():
             if held.writes:
                 yield from checkpoint.tensors_of(held, engine.stepping)
-        yield from self.draws or checkpoint.draws(trainer.global_rank, trainer.strategy.root_device)
+        yield from self.draws or self.draws_now(trainer)
+
+    def draws_now(self, trainer: pl.Trainer) -> Iterator[Named]:
+        return checkpoint.draws(trainer.global_rank, trainer.strategy.root_device)
+
+    def validates(self, step: int) -> bool:
+        """Whether validation follows this step."""
+        config = self.job.config.trainer
+        return step == config.max_steps or (config.val_every_steps is not None and step % config.val_every_steps == 0)
 
     def manifest(self, trainer: pl.Trainer) -> Manifest:
         """All that is to be said of a checkpoint but what lies in which file."""
