@@ -1,4 +1,4 @@
-"""What Concord's Trainer costs beside a bare loop, and what saving costs; interleaved in the same processes."""
+"""What Concord's Trainer costs beside a bare loop, and what saving and tracing cost; interleaved in one run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from launch.bare import BareDDP, BareDeepSpeed, BareLoop
 from launch.bare_grid import bare_grid
@@ -18,6 +19,7 @@ from strategies.checkpoint import Manifest, checkpoints
 from strategies.grid import Grid
 from strategies.replicate import DDP
 from strategies.zero import Zero
+from tracking.tracing import StepTracer
 
 WARMUP_STEPS = 3  # first steps build DDP's buckets, the optimizer's state and the allocator's pools
 
@@ -109,5 +111,41 @@ def measure_saving(job: Job) -> None:
             f"{held[0]:.0f} ms by writing one at once, {held[1]:.0f} ms asynchronously, ratio {held[1] / held[0]:.3f}; "
             f"with what the writing takes from the next {CYCLE} steps {cost[0]:.0f} and {cost[1]:.0f} ms "
             f"(medians of {len(saving.held_s[True]) - 1})",
+            flush=True,
+        )
+
+
+class Watching(pl.Callback):
+    """Takes the StepTracer away for every other step, once it has traced its own, and times the steps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[bool, list[float]] = {True: [], False: []}
+        self.is_watched = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        everything, profiler = list(trainer.callbacks), cast(Any, trainer).profiler  # type: ignore[attr-defined]
+        self.tracer = next(one for one in everything if isinstance(one, StepTracer))
+        others = [one for one in everything if one is not self.tracer]
+        self.choices = {True: (everything, profiler), False: (others, PassThroughProfiler())}
+        self.mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+        now = time.perf_counter()
+        if trainer.global_step > self.tracer.steps[-1] + 1:
+            self.laps[self.is_watched].append(now - self.mark)
+            self.is_watched = not self.is_watched or trainer.global_step == trainer.max_steps - 1
+            cast(Any, trainer).callbacks, cast(Any, trainer).profiler = self.choices[self.is_watched]
+        self.mark = now
+
+
+def measure_tracing(job: Job) -> None:
+    """Train `job` on this rank, every other step without a tracer; rank 0 prints what one costs that does not trace."""
+    watching = Watching()
+    train(job, callbacks=[watching])
+    if int(os.environ["RANK"]) == 0:
+        watched_ms, plain_ms = (1e3 * statistics.median(watching.laps[kind]) for kind in (True, False))
+        print(
+            f"{job.strategy.name} x {job.world_size}: {len(watching.laps[True])} steps each, interleaved; median step "
+            f"beside a tracer {watched_ms:.2f} ms, without {plain_ms:.2f} ms, ratio {watched_ms / plain_ms:.4f}",
             flush=True,
         )

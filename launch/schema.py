@@ -62,6 +62,7 @@ class TrainerConfig(Section):
     clip_norm: PositiveFloat | None
     val_every_steps: PositiveInt | None
     log_every_steps: PositiveInt
+    trace_steps: NonNegativeInt  # how many optimizer steps are traced behind the warm-up
     on_nan: Literal["stop", "skip"]  # what becomes of an optimizer step whose loss or gradient is no number
 
 

@@ -1,13 +1,16 @@
-"""Sweeps: what became of each job, in one table at the end, whatever happened on the way."""
+"""Sweeps: what became of each job, in one table and one page at the end, whatever happened on the way."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from tracking.comparison import compare_runs
 from tracking.report import print_runs
-from tracking.sources import read_runs
+from tracking.sources import Run, read_runs
 
 
 class SweepTable(Callback):
@@ -26,4 +29,19 @@ def print_sweep(sweep_dir: Path) -> int:
     except ValueError:  # the sweep ended before its first job began
         return 0
     print_runs(runs)
+    if any(run.record is not None for run in runs):
+        write_comparison(runs, sweep_dir / "compare.html")
     return sum(run.state != "completed" for run in runs)
+
+
+def write_comparison(runs: Sequence[Run], path: Path) -> None:
+    """Write the page that `scripts/compare.py` writes, and print its path; or why there is none."""
+    try:
+        # Here, so that a sweep ends as it should without plotly, too.
+        from tracking.page import write_page
+
+        write_page(compare_runs(runs), path)
+    except Exception as error:  # noqa: BLE001  # the runs are what counts: a sweep does not fail by its picture
+        print(f"{path} was not written: {type(error).__name__}: {error}", file=sys.stderr)
+    else:
+        print(f"compared in {path}")

@@ -58,6 +58,7 @@ from tracking.meter import Meter, measure_peak_flops
 from tracking.progress import Progress
 from tracking.record import RunRecord, environment
 from tracking.redact import redact
+from tracking.tracing import StepTracer
 from tracking.wandb_logger import finish_wandb, log_record, start_wandb
 
 
@@ -231,8 +232,11 @@ def train_watched(
         watchdog.beat()
         cast(Guarded, engine).guard.skips = config.trainer.on_nan == "skip"
         meter = build_meter(job, engine, size, peak_flops)
+        tracer = StepTracer(
+            job.run_dir, {axis: int(size) for axis, size in job.mesh.sizes.items()}, trace_steps(config)
+        )
         progress = Progress(meter, terminal=terminal, log=log)
-        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), meter, progress]
+        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), tracer, meter, progress]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
         if config.resume is not None:
@@ -244,7 +248,8 @@ def train_watched(
             own.append(Complete(meter))
         build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
         if rank == 0:
-            result = record_of(job, run_id, meter, size, cast(ShowsState, engine).dtypes)
+            results = meter.results().model_copy(update=tracer.results)
+            result = record_of(job, run_id, results, size, cast(ShowsState, engine).dtypes)
             result.write(job.run_dir / "record.json")
             log_record(sinks, result)
         completed = True
@@ -283,10 +288,18 @@ def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: floa
         started_at=STARTED,
         offers=lambda: {"optim/grad_norm": cast(ShowsState, engine).gradient_norm()},
         skipped_steps=(lambda: guard.skipped_steps) if guard.skips else None,
+        trace_steps=trace_steps(job.config),
     )
 
 
-def record_of(job: Job, run_id: str, meter: Meter, size: record.Stats, dtypes: Mapping[str, str]) -> RunRecord:
+def trace_steps(config: RunConfig) -> int:
+    """How many steps are traced: none of a run that is made to be compared."""
+    return 0 if config.evidence else config.trainer.trace_steps
+
+
+def record_of(
+    job: Job, run_id: str, results: record.Results, size: record.Stats, dtypes: Mapping[str, str]
+) -> RunRecord:
     """The run's record; the formats in it are those that were found in use."""
     config = job.config
     on_gpu = config.launcher.accelerator == "gpu"
@@ -314,7 +327,7 @@ def record_of(job: Job, run_id: str, meter: Meter, size: record.Stats, dtypes: M
             accumulation=job.accumulation,
             tokens_per_sample=job.data.tokens_per_sample,
         ),
-        results=meter.results(),
+        results=results,
     )
 
 

@@ -3,6 +3,7 @@
 python scripts/bench.py overhead [override ...]   our DDP and a plain PyTorch loop
 python scripts/bench.py zero [override ...]       our ZeRO-1, 2 and 3, each with a plain DeepSpeed loop
 python scripts/bench.py save [override ...]       what a checkpoint takes, written at once and asynchronously
+python scripts/bench.py meter [override ...]      what a tracer costs the steps that it does not trace
 python scripts/bench.py grid [override ...]       our fsdp, tensor, pipeline and 2d, each with torch's own parts by hand
 """
 
@@ -30,6 +31,7 @@ SETTING = [
     "logger=none",
 ]
 SAVES = ["checkpoint.every_steps=4", "checkpoint.keep_last=1", "trainer.max_steps=48", "data.sequence_length=128"]
+SHORT_STEPS = ["model=gpt_tiny", "data.tokenizer=bytes", "trainer.max_steps=200", "trainer.log_every_steps=1000"]
 WHOLE_BATCH = "data.micro_batch_size=16"  # of one data rank: nothing is to be accumulated
 BENCHMARKS = {
     "overhead": [["strategy=ddp"]],
@@ -38,6 +40,7 @@ BENCHMARKS = {
         ["strategy=single", "launcher.devices=1", "launcher.threads_per_rank=1", WHOLE_BATCH, *SAVES],
         ["strategy=zero1", *SAVES],
     ],
+    "meter": [["strategy=ddp", *SHORT_STEPS], ["strategy=pipeline", WHOLE_BATCH, *SHORT_STEPS]],
     "zero": [["strategy=zero1"], ["strategy=zero2"], ["strategy=zero3"]],
     "grid": [
         ["strategy=fsdp"],
@@ -48,7 +51,7 @@ BENCHMARKS = {
 }
 
 
-def measure(case: list[str], overrides: list[str]) -> int:
+def measure(name: str, case: list[str], overrides: list[str]) -> int:
     """Run this script once per rank under torchrun, as `rank`."""
     words = [*SETTING, *case, *overrides]
     with tempfile.TemporaryDirectory() as folder:
@@ -58,24 +61,24 @@ def measure(case: list[str], overrides: list[str]) -> int:
             "OMP_NUM_THREADS": str(job.config.launcher.threads_per_rank),
             "PYTHONPATH": str(REPOSITORY),
         }
-        command = [sys.executable, *torchrun, __file__, "rank", *words, f"run_dir='{folder}'"]
+        command = [sys.executable, *torchrun, __file__, "rank", name, *words, f"run_dir='{folder}'"]
         return subprocess.run(command, env=environment).returncode
 
 
-def rank(words: list[str]) -> int:
-    from launch.bench import measure_overhead, measure_saving
+def rank(name: str, words: list[str]) -> int:
+    from launch.bench import measure_overhead, measure_saving, measure_tracing
 
     job = prepare(compose(words), int(os.environ["WORLD_SIZE"]), write=os.environ["RANK"] == "0")
-    (measure_saving if job.config.checkpoint.every_steps else measure_overhead)(job)
+    {"save": measure_saving, "meter": measure_tracing}.get(name, measure_overhead)(job)
     return 0
 
 
 def main(arguments: list[str]) -> int:
     match arguments:
-        case ["rank", *words]:
-            return rank(words)
+        case ["rank", name, *words]:
+            return rank(name, words)
         case [name, *overrides] if name in BENCHMARKS:
-            return max(measure(case, overrides) for case in BENCHMARKS[name])
+            return max(measure(name, case, overrides) for case in BENCHMARKS[name])
     print(__doc__, file=sys.stderr)
     return 2
 

@@ -15,11 +15,23 @@ from torch import Tensor
 from tracking.record import Results
 
 WARMUP_RULE = "the first min(10, max(2, steps // 10)) optimizer steps are left out"
+TRACED_RULE = f"{WARMUP_RULE}, and so are the steps that were traced"
 
 
 def warmup_steps(steps: int) -> int:
     """How many of a run's optimizer steps are left out of its times: WARMUP_RULE as a number."""
     return min(10, max(2, steps // 10))
+
+
+def traced_steps(first: int, last: int, count: int) -> range:
+    """Which of a run's optimizer steps `first` to `last` are traced: `count` behind the warm-up, if others are left.
+
+    Else the last one.
+    """
+    if not count or last < first:
+        return range(0)
+    begin = first + warmup_steps(last - first + 1)
+    return range(begin, begin + count) if begin + count <= last else range(last, last + 1)
 
 
 @final
@@ -36,6 +48,7 @@ class Meter(pl.Callback):
     clipped; what it returns joins the row (such as `optim/grad_norm`).
     skipped_steps: how many optimizer steps have been left out so far, of a run that may leave out any; their losses are
     not averaged.
+    trace_steps: how many steps a StepTracer traces; they are left out of the times, unless the run has no others.
     """
 
     def __init__(
@@ -49,6 +62,7 @@ class Meter(pl.Callback):
         started_at: float | None = None,
         offers: Callable[[], Mapping[str, float | Tensor]] = dict,
         skipped_steps: Callable[[], int] | None = None,
+        trace_steps: int = 0,
     ) -> None:
         self.latest: dict[str, float] = {}
         self.logged_step = 0
@@ -61,6 +75,7 @@ class Meter(pl.Callback):
         self._offers = offers
         self._count_skipped = skipped_steps
         self._skipped_steps = 0
+        self._trace_steps = trace_steps
         self._laps: list[tuple[Any, Any]] = []
         self._step_s: list[float] = []
         self._peak_gib: list[float] = []
@@ -72,9 +87,11 @@ class Meter(pl.Callback):
         device = trainer.strategy.root_device
         self._device = device
         self._world_size = trainer.world_size
-        self._clock: _Clock = _CudaClock() if device.type == "cuda" else _WallClock()
+        self._clock = clock_of(device)
         self._done = self.logged_step = trainer.global_step
         self._measured_from = self._done + warmup_steps(trainer.max_steps - self._done)
+        traced = traced_steps(self._done + 1, trainer.max_steps, self._trace_steps)
+        self._left_out = traced if trainer.max_steps - self._measured_from > len(traced) else range(0)
         # MPS has no float64; elsewhere it keeps the sum as exact as the losses are.
         self._loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._step_loss = torch.zeros_like(self._loss)
@@ -146,7 +163,7 @@ class Meter(pl.Callback):
             peak_flops_per_device=self._peak_flops,
             peak_gib=self._peak_gib,
             memory_source=memory_source(self._device),
-            warmup_rule=WARMUP_RULE,
+            warmup_rule=TRACED_RULE if self._trace_steps else WARMUP_RULE,
             wall_s=self._wall_s,
             startup_s=self._startup_s,
         )
@@ -164,7 +181,7 @@ class Meter(pl.Callback):
 
     def _end_step(self) -> None:
         now = self._clock.mark()
-        if self._mark is not None and self._done > self._measured_from:
+        if self._mark is not None and self._done > self._measured_from and self._done not in self._left_out:
             self._laps.append((self._mark, now))
         self._mark = now
 
@@ -215,7 +232,7 @@ class Meter(pl.Callback):
         return mean, [share * trainer.world_size for share in shares]
 
 
-class _Clock(Protocol):
+class Clock(Protocol):
     """Times a stretch of training between two marks."""
 
     def mark(self) -> Any: ...
@@ -224,7 +241,7 @@ class _Clock(Protocol):
 
 
 @final
-class _WallClock:
+class WallClock:
     def mark(self) -> float:
         return time.perf_counter()
 
@@ -233,7 +250,7 @@ class _WallClock:
 
 
 @final
-class _CudaClock:
+class CudaClock:
     """Marks are events in the stream, read only when a row is due: no step waits for the device."""
 
     def mark(self) -> torch.cuda.Event:
@@ -244,6 +261,10 @@ class _CudaClock:
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()
         return start.elapsed_time(end) / 1000
+
+
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else WallClock()
 
 
 def memory_source(device: torch.device) -> Literal["cuda allocator", "resident set"]:

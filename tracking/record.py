@@ -11,7 +11,8 @@ from typing import Any, Literal, Self, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
+READABLE = (1, VERSION)  # what a newer version adds has a default in an older record
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -77,6 +78,34 @@ class Batch(_Schema):
 
 
 @final
+class Memory(_Schema):
+    """Bytes that one rank holds in a step, each category at its own peak.
+
+    Parameters, gradients, optimizer and buffers (of communication) are those of `strategies.spec.Memory`, counted from
+    the tensors. Other is what is left of the rank's peak as `Results.memory_source` tells it.
+    """
+
+    parameters: int = Field(ge=0)
+    gradients: int = Field(ge=0)
+    optimizer: int = Field(ge=0)
+    buffers: int = Field(ge=0)
+    activations: int = Field(ge=0, description="made by forwards, and alive")
+    other: int = Field(ge=0)
+
+
+@final
+class Collective(_Schema):
+    """What one rank hands to one kind of collective over one mesh axis in an optimizer step."""
+
+    collective: str
+    axis: Literal["pipe", "data", "tensor", "mixed"]
+    ranks: int = Field(description="size of the group")
+    calls: float
+    payload: float = Field(description="bytes, as tracking.traffic counts them")
+    seconds: float | None = Field(None, description="in which one was under way: all its ranks had called it")
+
+
+@final
 class Results(_Schema):
     """What a run reached and cost.
 
@@ -98,13 +127,20 @@ class Results(_Schema):
     warmup_rule: str
     wall_s: float
     startup_s: float = Field(description="part of wall_s that went by before the first training step began")
+    # From here on since version 2; empty where no step was traced.
+    memory: list[Memory] = Field([], description="one per rank")
+    memory_limit: int | None = Field(None, description="bytes of the device, on CPU of the host; the smallest rank's")
+    traffic: list[list[Collective]] = Field([], description="per optimizer step, one list per rank")
+    wait_share: list[float] = Field([], description="part of a traced step in which the rank waited for others")
+    idle_share: list[float] = Field([], description="part of that step in which, too, nothing of it was under way")
+    traced_steps: list[int] = Field([], description="optimizer steps of which the above and trace.json are")
 
 
 @final
 class RunRecord(_Schema):
     """Everything that is kept of a finished run, so that any two runs can be laid side by side."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1, 2] = VERSION
     run_id: str
     name: str
     group: str | None = Field(description="the sweep")
@@ -141,8 +177,9 @@ class RunRecord(_Schema):
         if not isinstance(content, dict):
             raise ValueError(f"{path} is damaged: it holds no JSON object; run that job again.")
         found = content.get("version")
-        if found != VERSION:
-            raise ValueError(f"{path}: version={found!r} is unknown, this Concord reads {VERSION}; update Concord.")
+        if found not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise ValueError(f"{path}: version={found!r} is unknown, this Concord reads {known}; update Concord.")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -162,8 +199,13 @@ def environment(*, device: str | None = None, device_count: int = 1) -> Environm
         device=device or cpu_name(),
         device_count=device_count,
         cores=usable_cores(),
-        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        memory_gib=round(host_memory() / 2**30, 1),
     )
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def git_revision(root: Path) -> str | None:

@@ -1,39 +1,85 @@
-"""RunRecords from where runs leave them: a run folder, or the folder of a sweep."""
+"""Runs from where they are left: a run folder, or the folder of a sweep."""
 
-from dataclasses import dataclass
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tracking.record import RunRecord
 from tracking.status import read_status
 
 RUN_FILES = ("record.json", "status.json", "resolved.yaml")  # any of them makes a folder a run folder
+WANDB_PREFIX = "wandb:"
+
+Row = dict[str, float]
+
+
+class Verdict(BaseModel):
+    """What a comparison needs of a certificate; `tracking.agreement` has all of it, and needs torch."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    verdict: Literal["agrees", "disagrees"]
+    strategy: str
+    world_size: int
+    model: str
+    data: str
+    precision: str
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A stretch of a traced step on one lane of one rank; times in microseconds on a clock that all ranks share."""
+
+    category: str
+    name: str
+    rank: int
+    lane: int
+    start: float
+    duration: float
+    details: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is left of a run: its record if it completed, else what became of it."""
+    """What is left of a run: its record if it completed, else what became of it.
+
+    history: rows of metrics.csv by optimizer step, those of all attempts joined.
+    notes: a line for each of its files that cannot be read.
+    """
 
     name: str
     strategy: str | None
     state: str
     error: str | None = None
     record: RunRecord | None = None
+    folder: Path | None = None
+    history: list[Row] = field(default_factory=list)
+    trace: list[Event] = field(default_factory=list)
+    verdict: Verdict | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`; a file of it that cannot be read makes it a failed run, with the reason as its error."""
+    """The run in `folder`; a damaged record or status makes it a failed run, with the reason as its error."""
     path = folder / "record.json"
+    left: dict[str, Any] = {"folder": folder, **_read_extras(folder)}
     try:
         record = RunRecord.read(path) if path.exists() else None
         status = read_status(folder)
     except ValueError as error:
-        return Run(name=folder.name, strategy=None, state="failed", error=str(error).splitlines()[0])
+        return Run(name=folder.name, strategy=None, state="failed", error=str(error).splitlines()[0], **left)
     if status is not None:
         name, strategy, state, error_text = status.name, status.strategy, status.state, status.error
-        return Run(name=name, strategy=strategy, state=state, error=error_text, record=record)
+        return Run(name=name, strategy=strategy, state=state, error=error_text, record=record, **left)
     if record is not None:
-        return Run(name=record.name, strategy=record.strategy, state="completed", record=record)
-    return Run(name=folder.name, strategy=None, state="lost", error="it has no status.json")
+        return Run(name=record.name, strategy=record.strategy, state="completed", record=record, **left)
+    return Run(name=folder.name, strategy=None, state="lost", error="it has no status.json", **left)
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -41,12 +87,96 @@ def read_runs(folder: Path) -> list[Run]:
 
     Raises ValueError when there is no run.
     """
+    return [read_run(path) for path in _run_folders(folder)]
+
+
+def collect(sources: Sequence[str]) -> list[Run]:
+    """The runs of all `sources`, each once: folders of runs and of sweeps.
+
+    Raises ValueError when a source has no run.
+    """
+    folders: dict[Path, Path] = {}  # by their real place, under the name that was given first
+    for source in sources:
+        if source.startswith(WANDB_PREFIX):
+            raise ValueError(f"{source} cannot be read yet: runs come from folders; give that of the run or sweep.")
+        for path in _run_folders(Path(source).expanduser()):
+            folders.setdefault(path.resolve(), path)
+    return [read_run(path) for path in folders.values()]
+
+
+def read_history(folder: Path) -> list[Row]:
+    """Rows of metrics.csv by step; where a later attempt repeats a step, its row stands."""
+    attempts = sorted((path for path in folder.glob("attempts/*") if path.name.isdecimal()), key=lambda p: int(p.name))
+    rows: dict[int, Row] = {}
+    for attempt in (*attempts, folder):
+        if (attempt / "metrics.csv").is_file():
+            rows |= _rows(attempt / "metrics.csv")
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_trace(path: Path) -> list[Event]:
+    """The events of a file in Chrome's trace format.
+
+    Raises ValueError when it is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["traceEvents"] if isinstance(content, dict) else content
+        return [
+            Event(
+                category=event["cat"],
+                name=event["name"],
+                rank=int(event["pid"]),
+                lane=int(event["tid"]),
+                start=float(event["ts"]),
+                duration=float(event["dur"]),
+                details=event.get("args", {}),
+            )
+            for event in found
+            if event["ph"] == "X"
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no Chrome trace: {type(error).__name__} {error}") from None
+
+
+def _read_extras(folder: Path) -> dict[str, Any]:
+    """What a run can do without: its history, trace and verdict; a note for each that cannot be read."""
+    extras: dict[str, Any] = {}
+    notes = []
+    try:
+        extras["history"] = read_history(folder)
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        notes.append(f"{folder.name}/metrics.csv is damaged: {error}")
+    try:
+        if (folder / "trace.json").is_file():
+            extras["trace"] = read_trace(folder / "trace.json")
+    except ValueError as error:
+        notes.append(str(error))
+    try:
+        if (folder / "certificate.json").is_file():
+            extras["verdict"] = Verdict.model_validate_json((folder / "certificate.json").read_text(encoding="utf-8"))
+    except ValidationError as error:
+        notes.append(f"{folder.name}/certificate.json is damaged: {error.errors()[0]['msg']}")
+    return extras | {"notes": tuple(notes)}
+
+
+def _rows(path: Path) -> dict[int, Row]:
+    """Training and validation write a row each under the same step: one row here."""
+    rows: dict[int, Row] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for cells in csv.DictReader(file):
+            row = {key: float(cell) for key, cell in cells.items() if cell}
+            rows.setdefault(int(row["step"]), {}).update(row)
+    return rows
+
+
+def _run_folders(folder: Path) -> Iterable[Path]:
     if _is_run(folder):
-        return [read_run(folder)]
+        return [folder]
     jobs = [path for path in folder.iterdir() if _is_run(path)] if folder.is_dir() else []
     if not jobs:
         raise ValueError(f"{folder} holds no run; give a run's folder, or that of a sweep.")
-    return [read_run(path) for path in sorted(jobs, key=_job_number)]
+    return sorted(jobs, key=_job_number)
 
 
 def _is_run(folder: Path) -> bool:

@@ -1,10 +1,13 @@
-"""Bytes per collective, counted from c10d itself: whatever asks for a collective, it goes through c10d's operators."""
+"""Bytes and times of collectives, told by c10d itself: whoever asks for one, it goes through c10d's operators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Self, final
 
 import torch
 import torch.distributed as dist
@@ -85,10 +88,38 @@ _RULES = {
 _BATCH_P2P = "batch_p2p_ops"  # one operator for many: str[] op_list, int[] peer_list, int[] tag_list, Tensor[] tensors
 _MOVE_NOTHING = {"barrier", "monitored_barrier_", "wait_tensor", "check_for_nan", "_wrap_tensor_autograd"}
 _GROUP_ARGUMENTS = {"process_group", "group_name"}
+_WAIT = "wait_tensor"
+_POINT_TO_POINT = {"send", "recv_"}
+
+
+class _SeesCollectives(TorchDispatchMode, ABC):
+    """A dispatch mode that is shown every operator that moves data between ranks."""
+
+    # A higher-order operator, such as flex attention, would be refused otherwise.
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Leave compiled code compiled: its collectives are still calls of these operators when it runs."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(desugars(kind) for kind in types):
+            # A mode goes before tensor subclasses; let them go first, or a DTensor's collectives would stay inside it.
+            return NotImplemented
+        if isinstance(func, OpOverload) and func.namespace in _RULES and FakeTensor not in types:
+            return self.call(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    @abstractmethod
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the operator returns, once it has been called."""
 
 
 @final
-class TrafficCounter(TorchDispatchMode):
+class TrafficCounter(_SeesCollectives):
     """Counts the collectives that this rank takes part in while the context is entered; `counts` has the result.
 
     It sees every call that reaches the `c10d` and `_c10d_functional` operators, whoever makes it: DDP's reducer, FSDP2,
@@ -112,55 +143,164 @@ class TrafficCounter(TorchDispatchMode):
     2.13, `add_` on CPU): steps that are counted are not steps to time. Entering it again goes on with the same counts.
     """
 
-    # A higher-order operator, such as flex attention, would be refused otherwise.
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
         super().__init__()
         self._counts: dict[Key, Count] = {}
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Leave compiled code compiled: its collectives are still calls of these operators when it runs."""
-        return True
 
     @property
     def counts(self) -> Mapping[Key, Count]:
         """What has been counted so far, in the order of first calls; does not change afterwards."""
         return MappingProxyType(dict(self._counts))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if any(_desugars(kind) for kind in types):
-            # A mode goes before tensor subclasses; let them go first, or a DTensor's collectives would stay inside it.
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
-        if isinstance(func, OpOverload) and func.namespace in _RULES and FakeTensor not in types:
-            self._count(func, args)
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        self._count(func, args)
         return result
 
     def _count(self, func: OpOverload, args: tuple[Any, ...]) -> None:
-        ranks = _group_ranks(func, args)
+        ranks, _ = _group(func, args)
         for collective, payload_bytes in _payloads(func, args, len(ranks)):
             key = Key(collective, ranks)
             calls, total = self._counts.get(key, (0, 0))
             self._counts[key] = Count(calls + 1, total + payload_bytes)
 
 
-def _desugars(kind: type) -> bool:
+@dataclass
+class Call:
+    """One call of a collective by this rank, in the marks of the clock that it was timed with."""
+
+    collective: str
+    group: str  # the process group's name, which all its ranks call it by
+    ranks: tuple[int, ...]
+    payload_bytes: int
+    called: Any
+    returned: Any
+    done: Any = None  # when the call's work was over; None if that was not seen
+    waited_since: Any = None  # from when on this rank waited for it, if its end was seen by that alone
+    peer: tuple[int, int, int] | None = None  # of a send or receive: who sends, who receives (in the group), the tag
+
+
+class Wait(NamedTuple):
+    """A stretch in which the thread, on CUDA the stream, stood still until a collective was over."""
+
+    begin: Any
+    end: Any
+
+
+@final
+class CollectiveTimer(_SeesCollectives):
+    """Times the collectives that this rank takes part in, and its waits for them, while the context is entered.
+
+    It sees what TrafficCounter sees, and counts payloads as it does. A call is done when the future of its work says
+    so, or, where it has none, when this rank has waited for it. Waits are seen where Python asks for them: `Work.wait`,
+    which torch.distributed and DeepSpeed call, and `wait_tensor`. Those inside of C++ are not; but DDP's reducer waits
+    behind a backward's last collective, so `unwaited` tells when.
+
+    mark: reads the clock; on CUDA it records an event, which is passed when the stream comes to it.
+    """
+
+    def __init__(self, mark: Callable[[], Any]) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.waits: list[Wait] = []
+        self._mark = mark
+        self._works: dict[dist.Work, Call] = {}  # keeps each work's Python object, so that its wait is told apart
+        self._futures: dict[int, Call] = {}  # of functional collectives, by the address of their result
+        self._waited: set[int] = set()  # ids of calls
+
+    def __enter__(self) -> Self:
+        self._wait = dist.Work.wait
+        timer = self
+
+        def wait(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
+            begin = timer._mark()
+            result = timer._wait(work, *args, **kwargs)
+            timer._waited_for(timer._works.get(work), begin)
+            return result
+
+        dist.Work.wait = wait  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *failure: Any) -> None:
+        dist.Work.wait = self._wait  # type: ignore[method-assign]
+        super().__exit__(*failure)
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = func._schema.name.partition("::")[2]
+        begin = self._mark()
+        result = func(*args, **kwargs)
+        returned = self._mark()
+        if name == _WAIT:
+            self._waited_for(self._futures.pop(_address(args[0]), None), begin)
+            return result
+        ranks, group = _group(func, args)
+        for collective, payload_bytes in _payloads(func, args, len(ranks)):
+            call = Call(collective, group, ranks, payload_bytes, begin, returned)
+            self.calls.append(call)
+            if name in _POINT_TO_POINT:
+                call.peer = _peer(name, args)
+            self._follow(call, func, result)
+        return result
+
+    def unwaited(self, first: int, last: int) -> Sequence[Call]:
+        """Those of the calls number `first` to `last` (excluded) that Python has not waited for."""
+        return [call for call in self.calls[first:last] if id(call) not in self._waited]
+
+    def _waited_for(self, call: Call | None, begin: Any) -> None:
+        end = self._mark()
+        self.waits.append(Wait(begin, end))
+        if call is not None:
+            self._waited.add(id(call))
+            if call.done is None:
+                call.waited_since, call.done = begin, end
+
+    def _follow(self, call: Call, func: OpOverload, result: Any) -> None:
+        """Have the end of a call noted."""
+        if func.namespace != "c10d":
+            for tensor in result if isinstance(result, list | tuple) else [result]:
+                if isinstance(tensor, Tensor):
+                    self._futures[_address(tensor)] = call
+            return
+        last = result[-1] if isinstance(result, list | tuple) else result
+        if not isinstance(last, torch.ScriptObject):
+            return
+        work = dist.Work.unbox(last)
+        self._works[work] = call
+        with suppress(RuntimeError):  # gloo has no futures of sends, receives, and collectives on one flat tensor
+            work.get_future().add_done_callback(lambda _: self._end(call))
+
+    def _end(self, call: Call) -> None:
+        if call.done is None:
+            call.done = self._mark()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _peer(name: str, args: tuple[Any, ...]) -> tuple[int, int, int]:
+    """Sender, receiver and tag of c10d's `send` and `recv_`, whose arguments are tensors, group, peer, tag."""
+    here, there, tag = dist.get_rank(_process_group(args[1])), int(args[2]), int(args[3])
+    return (here, there, tag) if name == "send" else (there, here, tag)
+
+
+def desugars(kind: type) -> bool:
     """Whether the tensors of this class turn an operator on them into others, on what they hold."""
     # `Tensor.data` names nn.Parameter among its types, which dispatches nothing; and a FakeTensor, by which DTensor
     # infers shapes, relies on its own mode. It has no data to move.
     return kind is not FakeTensor and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
 
 
-def _group_ranks(func: OpOverload, args: tuple[Any, ...]) -> tuple[int, ...]:
-    """Global ranks of the operator's process group, in the group's order; none if it has no group (a wait, a check)."""
+def _group(func: OpOverload, args: tuple[Any, ...]) -> tuple[tuple[int, ...], str]:
+    """Global ranks of the operator's process group, in the group's order, and its name.
+
+    None and "" if it has no group (a wait, a check).
+    """
     for argument, value in zip(func._schema.arguments, args, strict=False):  # defaults are left out of args
         if argument.name in _GROUP_ARGUMENTS:
-            return tuple(dist.get_process_group_ranks(_process_group(value)))
-    return ()
+            group = _process_group(value)
+            return tuple(dist.get_process_group_ranks(group)), group.group_name
+    return (), ""
 
 
 def _process_group(value: Any) -> dist.ProcessGroup:

@@ -9,7 +9,7 @@ forward is run only to learn shapes, and the loss is the user's own step. What i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -91,6 +91,7 @@ class Pipeline:
     def __init__(self, stages: Mapping[int, Stage], num_stages: int, link: Link, *, whole_backwards: bool) -> None:
         self.stages, self.num_stages, self.link = stages, num_stages, link
         self.whole_backwards = whole_backwards
+        self.around: Callable[[Step], AbstractContextManager[None]] = lambda step: nullcontext()  # to watch each step
 
     def run(
         self,
@@ -114,7 +115,8 @@ class Pipeline:
         self.input_gradients: dict[tuple[int, int], Tensors] = {}
         self.weight_groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for step in steps:
-            getattr(self, step.kind.lower())(step.stage, step.micro)
+            with self.around(step):
+                getattr(self, step.kind.lower())(step.stage, step.micro)
         self.link.finish()
         for store in (self.outputs, self.inputs, self.kept, self.gradients, self.input_gradients, self.weight_groups):
             store.clear()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.harness import run_ranks
-from tracking.meter import Meter, measure_peak_flops, warmup_steps
+from tracking.meter import Meter, measure_peak_flops, traced_steps, warmup_steps
 from tracking.record import Results
 
 
@@ -214,6 +214,24 @@ def test_a_run_no_longer_than_its_warm_up_has_a_loss_but_no_times(tmp_path: Path
 
 def test_warm_up_follows_its_rule() -> None:
     assert [warmup_steps(steps) for steps in (1, 20, 50, 100, 10_000)] == [2, 2, 5, 10, 10]
+
+
+def test_traced_steps_lie_behind_the_warm_up_or_at_the_end() -> None:
+    assert list(traced_steps(1, 200, 2)) == [11, 12]
+    assert list(traced_steps(101, 120, 3)) == [103, 104, 105]  # of a run that goes on from step 100
+    assert list(traced_steps(1, 4, 2)) == [4]  # two would leave none to be timed
+    assert list(traced_steps(1, 1, 2)) == [1]
+    assert list(traced_steps(1, 200, 0)) == list(traced_steps(6, 5, 2)) == []
+
+
+@pytest.mark.parametrize(("max_steps", "timed"), [(20, 18 - 2), (4, 2 - 1), (3, 1)])
+def test_traced_steps_are_left_out_of_the_times_unless_there_are_no_others(
+    max_steps: int, timed: int, tmp_path: Path
+) -> None:
+    measured = meter(trace_steps=2)
+    fit(tmp_path, Slow(step_s=0.001), measured, max_steps=max_steps)
+    assert len(measured._step_s) == timed
+    assert measured.results().warmup_rule.endswith(", and so are the steps that were traced")
 
 
 def test_peak_memory_is_that_of_a_process_that_holds_torch(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 from tests.tracking.examples import record, results
 from tracking.record import RunRecord, environment, git_revision
 
+RECORDS = Path(__file__).parent / "records"  # as a run of each version wrote them
+
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = record()
@@ -27,6 +29,17 @@ def test_a_record_from_before_steps_could_be_skipped_is_read(tmp_path: Path) -> 
     del content["results"]["skipped_steps"]
     path.write_text(json.dumps(content))
     assert RunRecord.read(path).results.skipped_steps == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_record_of_each_version_is_read(version: int, tmp_path: Path) -> None:
+    read = RunRecord.read(RECORDS / f"v{version}.json")
+    assert (read.version, read.strategy, read.world_size, read.results.steps) == (version, "fsdp", 2, 8)
+    assert read.results.tokens_per_s and read.results.val_loss
+    traced = read.results.memory, read.results.traffic, read.results.wait_share, read.results.traced_steps
+    assert all(traced) if version == 2 else not any(traced)
+    read.write(tmp_path / "record.json")
+    assert RunRecord.read(tmp_path / "record.json") == read
 
 
 def test_losses_that_are_no_numbers_survive_as_valid_json(tmp_path: Path) -> None:
@@ -46,7 +59,7 @@ def test_losses_that_are_no_numbers_survive_as_valid_json(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version=2 is unknown, this Concord reads 1; update Concord."),
+        ({"version": 3}, "version=3 is unknown, this Concord reads 1 and 2; update Concord."),
         ({"version": None}, "version=None is unknown"),
         ({"seed": "x"}, "is damaged: seed: Input should be a valid integer"),
         ({"speed": 1}, "is damaged: speed: Extra inputs are not permitted"),

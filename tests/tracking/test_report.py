@@ -1,14 +1,22 @@
 """Runs are found where they lie, and shown side by side with nothing cut."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from launch.sweep import print_sweep
 from tests.tracking.examples import record, results
-from tracking.report import print_runs
+from tests.tracking.runs import run as made
+from tracking.comparison import compare_runs
+from tracking.record import ROOT
+from tracking.report import print_comparison, print_runs
 from tracking.sources import Run, read_run, read_runs
 from tracking.status import ended, running
+
+NAMES = ("single", "ddp")
 
 
 def job(folder: Path, *, error: str | None = None, with_record: bool = True, name: str = "first") -> None:
@@ -101,3 +109,75 @@ def test_plain_text_is_the_same_everywhere_and_cuts_nothing(monkeypatch: pytest.
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert lines(runs) == plain
     assert "\x1b" not in "".join(plain)
+
+
+def test_the_best_of_a_column_is_marked_and_equal_ones_are_not() -> None:
+    comparison = compare_runs([made("single", tokens_per_s=1000, peak_gib=2.0), made("ddp", tokens_per_s=1500)])
+    stream = io.StringIO()
+    print_comparison(comparison, stream)
+    single, ddp = (next(line for line in stream.getvalue().splitlines() if f"  {name} " in line) for name in NAMES)
+    assert "*1,500" in ddp and "*1.50" in ddp and "*1.00" in ddp
+    assert single.count("*") == 0 and "*2.0000" not in ddp  # both losses are 2
+
+
+def test_conclusions_and_warnings_follow_the_table() -> None:
+    stream = io.StringIO()
+    print_comparison(compare_runs([made("single"), made("ddp", tokens_per_s=1500, ranks=2)]), stream)
+    assert "ddp is the fastest at 1,500 tokens/s" in stream.getvalue()
+    assert "warning: ranks are processes that share 2 cores" in stream.getvalue()
+
+
+def compare(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_compare_prints_the_table_and_the_page_s_path(tmp_path: Path) -> None:
+    for number in range(2):
+        job(tmp_path / "sweep" / str(number), name="ddp")
+    done = compare(tmp_path / "sweep")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        "ddp, repeat 2" in done.stdout
+        and done.stdout.splitlines()[-1] == f"wrote {tmp_path / 'sweep' / 'compare.html'}"
+    )
+    assert "ddp, repeat 2" in (tmp_path / "sweep" / "compare.html").read_text()
+    assert compare(tmp_path / "sweep", "--out", tmp_path / "page.html").returncode == 0
+    assert (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "the following arguments are required: folder"),
+        (["nowhere"], "nowhere holds no run"),
+        (["wandb:me/project/group"], "wandb:me/project/group cannot be read yet"),
+        (["run", "--loss", "low"], "invalid float value: 'low'"),
+        (["run", "--out", "no/such/page.html"], "No such file or directory; give another --out or --png."),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], line: str
+) -> None:
+    job(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    done = compare(*arguments)
+    assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_sweep_leaves_a_page_and_does_not_fail_by_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job(tmp_path / "0")
+    assert print_sweep(tmp_path) == 0
+    assert f"compared in {tmp_path / 'compare.html'}" in capsys.readouterr().out
+    assert (tmp_path / "compare.html").exists()
+    monkeypatch.setitem(sys.modules, "tracking.page", None)  # as if plotly were not there
+    assert print_sweep(tmp_path) == 0
+    assert "compare.html was not written: ModuleNotFoundError" in capsys.readouterr().err
+
+
+def test_a_sweep_s_table_needs_no_plotting_library() -> None:
+    code = "import sys, launch.sweep; print(sorted({'plotly', 'matplotlib', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

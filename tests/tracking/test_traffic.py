@@ -1,5 +1,6 @@
 """TrafficCounter counts what c10d is asked to move, to the byte."""
 
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.harness import run_ranks
-from tracking.traffic import Key, TrafficCounter
+from tracking.traffic import CollectiveTimer, Key, TrafficCounter
 
 Counts = Mapping[tuple[str, tuple[int, ...]], tuple[int, int]]
 
@@ -228,6 +229,58 @@ def subgroup_of_four() -> None:
 
 def test_each_group_counts_by_its_global_ranks(tmp_path: Path) -> None:
     run_ranks(4, tmp_path, with_gloo, subgroup_of_four)
+
+
+LATE_S = 0.2
+
+
+def late_rank() -> None:
+    at_root, wait = dist.get_rank() == 0, dist.Work.wait
+    timer = CollectiveTimer(time.perf_counter)
+    with timer:
+        dist.barrier()
+        time.sleep(0 if at_root else LATE_S)
+        dist.all_reduce(vector())
+        work = dist.all_reduce(vector(8), async_op=True)
+        time.sleep(LATE_S)
+        assert work is not None
+        work.wait()
+        dist.send(vector(), 1) if at_root else dist.recv(vector(), 0)
+        name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+        torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(vector(), "sum", name))
+    assert dist.Work.wait is wait
+    blocking, overlapped, message, functional = timer.calls
+    assert [one.payload_bytes for one in timer.calls] == [16, 32, 16, 16]
+    assert all(one.ranks == BOTH and one.called <= one.returned <= one.done for one in timer.calls)
+    # The barrier's, and one for each call.
+    _, for_late, for_overlapped, *_ = [end - begin for begin, end in timer.waits]
+    assert len(timer.waits) == 5
+    assert for_late > LATE_S / 2 if at_root else for_late < LATE_S / 2
+    assert abs(blocking.done - blocking.called - for_late) < LATE_S / 2
+    assert for_overlapped < LATE_S / 2 and overlapped.done - overlapped.called < LATE_S / 2
+    assert message.peer == (0, 1, 0) and message.waited_since is not None
+    assert (blocking.peer, overlapped.waited_since, functional.group) == (None, None, name)
+    assert list(timer.unwaited(0, 4)) == []
+
+
+def test_calls_are_timed_until_they_are_done_and_so_are_waits_for_them(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, with_gloo, late_rank)
+
+
+def ddp_waits_in_cpp() -> None:
+    net = DistributedDataParallel(small_net())
+    for _ in range(2):  # in its second step it agrees on its buckets
+        step(net)
+    with CollectiveTimer(time.perf_counter) as timer:
+        time.sleep(LATE_S * dist.get_rank())
+        step(net)
+    (reduced,) = [one for one in timer.calls if one.collective == "all_reduce"]
+    assert timer.waits == [] and list(timer.unwaited(0, len(timer.calls))) == timer.calls
+    assert (reduced.done - reduced.returned > LATE_S / 2) is (dist.get_rank() == 0)
+
+
+def test_what_ddp_waits_for_is_told_apart(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, with_gloo, ddp_waits_in_cpp)
 
 
 def odd_cases() -> None:

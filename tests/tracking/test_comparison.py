@@ -1,0 +1,238 @@
+"""A comparison's figures are those of its runs, and its sentences are chosen by the figures."""
+
+import math
+from typing import Any
+
+import pytest
+
+from tests.tracking.examples import record
+from tests.tracking.runs import GIB, failed, measured, run, trace
+from tracking.comparison import Comparison, RunFigures, Series, compare_runs
+from tracking.conclusions import conclusions
+from tracking.record import Environment, Precision
+from tracking.sources import Verdict
+
+
+def figures(comparison: Comparison, label: str) -> RunFigures:
+    return next(one for one in comparison.runs if one.label == label)
+
+
+def series(comparison: Comparison, label: str) -> Series:
+    return next(one for one in comparison.series if one.label == label)
+
+
+def said(*runs: Any) -> str:
+    return " ".join(conclusions(compare_runs(runs)))
+
+
+def test_the_reference_is_single_and_otherwise_the_first_that_completed() -> None:
+    assert compare_runs([run("ddp"), run("single")]).reference == "single"
+    assert compare_runs([failed("zero1"), run("ddp"), run("fsdp")]).reference == "ddp"
+    assert compare_runs([failed("zero1")]).reference is None
+
+
+def test_speed_up_and_efficiency_are_against_the_reference_and_its_devices() -> None:
+    comparison = compare_runs([run("single", tokens_per_s=1000), run("ddp", tokens_per_s=1600, ranks=2)])
+    ddp = figures(comparison, "ddp")
+    assert (ddp.speed_up, ddp.efficiency, ddp.tokens_per_s_per_device) == (1.6, 0.8, 800.0)
+    of_four = compare_runs([run("ddp", tokens_per_s=1000, ranks=2), run("fsdp", tokens_per_s=1500, ranks=4)])
+    fsdp = figures(of_four, "fsdp")
+    assert (fsdp.speed_up, fsdp.efficiency) == (1.5, 0.75)
+
+
+def test_losses_are_subtracted_step_by_step() -> None:
+    other = run("ddp", losses=(4.5, 3.0, 1.75))
+    other.history.pop(1)
+    ddp = figures(compare_runs([run("single"), other]), "ddp")
+    assert ddp.curve.steps == [10, 30] and ddp.curve.difference == [0.5, -0.25]
+    assert (ddp.loss_difference, ddp.loss_difference_step) == (0.5, 10)
+
+
+def test_tokens_and_seconds_go_with_the_steps() -> None:
+    curve = figures(compare_runs([run("single", step_ms=200.0)]), "single").curve
+    per_step = 16 * 64
+    assert curve.tokens == [10 * per_step, 20 * per_step, 30 * per_step]
+    assert curve.seconds == pytest.approx([2.0, 4.0, 6.0])
+
+
+def test_rows_of_the_warm_up_take_the_median_step_s_time() -> None:
+    warm = run("single", step_ms=200.0)
+    del warm.history[0]["perf/step_ms"]
+    warm.history[1]["perf/step_ms"] = 100.0
+    assert figures(compare_runs([warm]), "single").curve.seconds == pytest.approx([2.0, 3.0, 5.0])
+
+
+def test_the_target_is_the_lowest_loss_that_all_have_reached() -> None:
+    comparison = compare_runs([run("single", losses=(4, 3, 2)), run("ddp", losses=(3.5, 2.5, 1))])
+    assert comparison.target_loss == 2.0
+    assert [one.seconds_to_target for one in comparison.runs] == pytest.approx([3.0, 3.0])
+    sooner = compare_runs([run("single"), run("ddp", losses=(2.5, 2, 1))], target_loss=3.0)
+    assert [one.seconds_to_target for one in sooner.runs] == pytest.approx([2.0, 1.0])
+    assert compare_runs([run("single")], target_loss=1.0).runs[0].seconds_to_target is None
+
+
+def test_the_front_has_what_no_other_beats_in_time_and_memory() -> None:
+    comparison = compare_runs(
+        [
+            run("single", step_ms=400, peak_gib=2.0),
+            run("ddp", step_ms=100, peak_gib=3.0),
+            run("zero1", step_ms=200, peak_gib=1.5),
+            run("zero3", step_ms=300, peak_gib=1.0),
+            run("fsdp", step_ms=300, peak_gib=1.25),
+        ]
+    )
+    assert {one.label for one in comparison.series if one.on_front} == {"ddp", "zero1", "zero3"}
+
+
+def test_runs_that_differ_by_seed_alone_are_repeats() -> None:
+    speeds = {1: 900.0, 2: 1000.0, 3: 1100.0}
+    repeats = [run("ddp", tokens_per_s=speed, seed=seed) for seed, speed in speeds.items()]
+    comparison = compare_runs([run("single"), *repeats, run("ddp", config={"optimizer": {"lr": 0.1}})])
+    assert [len(one.runs) for one in comparison.series] == [1, 3, 1]
+    spread = comparison.series[1].spreads["tokens_per_s"]
+    assert (spread.mean, spread.deviation, spread.count) == (1000.0, 100.0, 3)
+    assert [one.label for one in comparison.runs[1:4]] == [f"ddp lr=not there, seed {seed}" for seed in (1, 2, 3)]
+    curve = comparison.series[1].curve
+    assert curve.steps == [10, 20, 30] and curve.deviation == [0.0, 0.0, 0.0]
+
+
+def test_a_repeat_is_compared_with_the_reference_of_its_seed() -> None:
+    runs = [run("single", seed=1), run("single", seed=2, losses=(5, 4, 3)), run("ddp", seed=2, losses=(5, 4, 3.5))]
+    assert figures(compare_runs(runs), "ddp").curve.difference == [0.0, 0.0, 0.5]
+
+
+def test_a_difference_within_the_spread_is_none() -> None:
+    ddp = [run("ddp", tokens_per_s=speed, seed=seed) for seed, speed in ((1, 1000.0), (2, 1200.0))]
+    near = [run("fsdp", tokens_per_s=speed, seed=seed) for seed, speed in ((1, 950.0), (2, 1150.0))]
+    far = [run("fsdp", tokens_per_s=speed, seed=seed) for seed, speed in ((1, 550.0), (2, 560.0))]
+    assert "ddp and fsdp are the fastest, at about 1,100 tokens/s: what they differ by lies within the spread" in said(
+        *ddp, *near
+    )
+    assert "ddp is the fastest" in said(*ddp, *far)
+
+
+def test_the_conclusions_name_the_fastest_the_leanest_and_its_price() -> None:
+    text = said(
+        run("single", tokens_per_s=1000, peak_gib=4.0),
+        run("ddp", tokens_per_s=1800, ranks=2, peak_gib=4.0),
+        run("zero3", tokens_per_s=900, ranks=2, peak_gib=1.0),
+    )
+    assert (
+        "ddp is the fastest at 1,800 tokens/s on 2 devices, 1.80 times single's, a parallel efficiency of 90%" in text
+    )
+    assert "zero3 needs the least memory, 1.00 GiB on the fullest device, 75% less than single" in text
+    assert "it is 50% slower than ddp" in text
+
+
+def test_the_conclusions_say_whether_losses_agree() -> None:
+    assert "the same as single's at every logged step, to the last bit" in said(run("single"), run("ddp"))
+    near = said(run("single"), run("ddp", losses=(4.0, 3.0, 2.000015)))
+    assert "agree with single's to 5 digits" in near and "1.5e-05, ddp at step 30" in near
+    far = said(run("single"), run("ddp"), run("zero1", losses=(4.0, 3.5, 2.0)))
+    assert "Training losses differ from single's in zero1 (most: 5.0e-01, zero1 at step 20)" in far
+
+
+def test_losses_that_differ_by_less_than_their_seeds_do_are_said_not_to() -> None:
+    single = [run("single", seed=seed, losses=(4, 3, loss)) for seed, loss in ((1, 2.0), (2, 2.4))]
+    ddp = [run("ddp", seed=seed, losses=(4, 3, loss)) for seed, loss in ((1, 2.1), (2, 2.5))]
+    assert "at the end by no more than the spread over seeds: no difference" in said(*single, *ddp)
+    far = [run("ddp", seed=seed, losses=(4, 3, loss)) for seed, loss in ((1, 4.1), (2, 4.5))]
+    assert "at the end by more than the spread over seeds" in said(*single, *far)
+
+
+def test_a_loss_that_is_no_number_is_told_and_hurts_nothing_else() -> None:
+    comparison = compare_runs([run("single"), run("ddp", losses=(4.0, math.nan, math.nan))])
+    assert "The loss of ddp is no number at some steps" in " ".join(conclusions(comparison))
+    assert Comparison.model_validate_json(comparison.model_dump_json()).runs[1].label == "ddp"
+
+
+def test_what_makes_runs_incomparable_is_told() -> None:
+    elsewhere = record().environment.model_copy(update={"torch": "2.12.0", "device": "another"})
+    half = Precision(name="bf16", parameter="float32", compute="bfloat16", reduce="float32", master="float32")
+    odd = run("zero1", seed=5, changes={"environment": elsewhere, "precision": half, "data": "digits"})
+    comparison = compare_runs([run("single"), run("ddp"), run("fsdp"), odd])
+    told = {doubt.fact: doubt.text for doubt in comparison.doubts}
+    assert told.keys() == {"data", "precision", "device", "torch", "seed"}
+    assert told["precision"].startswith("precision differs: fp32 (all others), bf16 (zero1)")
+    assert not compare_runs([run("single"), run("ddp")]).doubts
+
+
+def test_only_what_differs_in_the_configs_is_listed() -> None:
+    adamw: dict[str, Any] = {"optimizer": {"lr": 0.1}, "model": {"optimizer": {"lr": 0.1}}}
+    other: dict[str, Any] = {"optimizer": {"lr": 0.2}, "model": {"optimizer": {"lr": 0.2}}, "run_dir": "elsewhere"}
+    comparison = compare_runs([run("single", config=adamw), run("ddp", config=other)])
+    assert [one.model_dump() for one in comparison.differences] == [
+        {"key": "optimizer.lr", "values": {"0.1": ["single"], "0.2": ["ddp"]}}
+    ]
+
+
+def test_labels_tell_runs_of_one_name_apart() -> None:
+    runs = [run("ddp", ranks=2), run("ddp", ranks=4), run("fsdp"), run("fsdp", config={"optimizer": {"lr": 0.2}})]
+    labels = [one.label for one in compare_runs(runs).series]
+    assert labels == ["ddp x 2", "ddp x 4", "fsdp lr=not there", "fsdp lr=0.2"]
+    many = [run(f"zero{number}") for number in range(10)]
+    assert "zero0, zero1, zero2, zero3, zero4, zero5, zero6 and 3 others are the fastest" in said(*many)
+
+
+def test_traffic_and_waiting_are_means_of_the_ranks() -> None:
+    ddp = figures(compare_runs([run("ddp", ranks=2, found=measured())]), "ddp")
+    assert [(part.collective, part.payload, part.seconds) for part in ddp.traffic] == [
+        ("all-reduce", 6e6, 0.002),
+        ("all-gather", 2e6, None),
+    ]
+    assert (ddp.sent_bytes, ddp.wait_share, ddp.idle_share) == (8e6, 0.2, 0.05)
+    assert ddp.memory_limit == 8 * GIB and ddp.memory[1].optimizer == 2 * GIB
+
+
+def test_the_gantt_is_the_last_step_of_the_trace() -> None:
+    ddp = figures(compare_runs([run("ddp", ranks=2, found=measured(), trace=trace(steps=3))]), "ddp")
+    assert ddp.gantt_step == 30
+    assert [(bar.rank, bar.category, bar.start_ms, bar.duration_ms) for bar in ddp.gantt] == [
+        (0, "forward", 0.0, 10.0),
+        (0, "backward", 10.0, 20.0),
+        (0, "optimizer", 30.0, 7.0),
+        (0, "collective", 15.0, 10.0),
+        (1, "forward", 0.1, 10.0),
+        (1, "backward", 10.1, 20.0),
+        (1, "optimizer", 30.1, 7.0),
+        (1, "collective", 15.1, 10.0),
+    ]
+
+
+def test_a_run_says_what_it_lacks() -> None:
+    old = run("single", found={"traced_steps": []})
+    assert figures(compare_runs([old]), "single").missing == [
+        "memory by category",
+        "traffic",
+        "no trace.json: what a step's time goes to",
+    ]
+    assert figures(compare_runs([failed("ddp")]), "ddp").missing == ["no record: the run did not complete"]
+    whole = run("ddp", ranks=2, found=measured(), trace=trace())
+    assert figures(compare_runs([whole]), "ddp").missing == []
+
+
+def test_a_certificate_beside_a_run_counts_if_it_is_of_the_same() -> None:
+    made = {"world_size": 2, "model": "gpt_tiny", "data": "text", "precision": "fp32", "steps": 4}
+    certificate = Verdict.model_validate(made | {"verdict": "agrees", "strategy": "ddp"})
+    candidate = run("candidate", ranks=2, verdict=certificate, changes={"strategy": "ddp"})
+    comparison = compare_runs([run("ddp", ranks=2), run("zero1", ranks=2), candidate])
+    assert {one.label: one.verdict for one in comparison.runs} == {
+        "ddp": "agrees",
+        "zero1": None,
+        "candidate": "agrees",
+    }
+
+
+def test_ranks_that_share_a_cpu_are_warned_of() -> None:
+    comparison = compare_runs([run("single"), run("ddp", ranks=2)])
+    assert [doubt.text for doubt in comparison.doubts] == [
+        "ranks are processes that share 2 cores; their times say little of devices of their own."
+    ]
+    assert isinstance(record().environment, Environment)
+
+
+def test_the_conclusions_say_who_waits() -> None:
+    two: dict[str, Any] = {"ranks": 2, "found": measured()}
+    assert "ddp waits 20% of a step for other ranks." in said(run("single"), run("ddp", **two))
+    long = run("zero3", ranks=2, found=measured() | {"wait_share": [0.5, 0.7]})
+    assert "zero3 waits longest for other ranks, 60% of a step; ddp shortest, 20%." in said(run("ddp", **two), long)

@@ -1,0 +1,224 @@
+"""A traced run says what its ranks held, sent and did when: against blocks that sleep, and what the spec says."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from launch.job import Job
+from launch.worker import train
+from strategies.engines.deepspeed import import_deepspeed
+from strategies.grid import Grid
+from strategies.spec import Workload
+from tests.agreement.test_agreement import job_of
+from tests.harness import run_ranks
+from tests.strategies.test_bubble import Clock, Setting, SleepingBlocks
+from tests.strategies.test_zero_bytes import ODD, stats_of
+from tests.tracking.test_meter import Slow, fit
+from tracking.record import Results, RunRecord
+from tracking.sources import Event, read_trace
+from tracking.tracing import StepTracer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_imported() -> None:
+    """Once, in the process that ranks are forked from."""
+    import_deepspeed(on_gpu=False)
+
+
+def traced_run(words: list[str], folder: Path) -> tuple[Job, Results, list[Event]]:
+    job = job_of(words, folder)
+    run_ranks(job.world_size, folder, train_rank, job)
+    trace = read_trace(folder / "trace.json") if (folder / "trace.json").exists() else []
+    return job, RunRecord.read(folder / "record.json").results, trace
+
+
+def train_rank(job: Job) -> None:
+    train(job, callbacks=[Clock()])
+
+
+# --- what is held and sent ---
+
+STRATEGIES = ["ddp", "zero1", "zero3", "fsdp"]
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    words = [*ODD, "data.micro_batch_size=12", f"strategy={request.param}", "launcher.devices=2"]
+    job, results, trace = traced_run(words, tmp_path_factory.mktemp("run"))
+    return job, results, trace, stats_of(job), Workload(precision=job.config.precision, micro_batch_size=12)
+
+
+def test_each_category_of_memory_is_what_the_spec_says(run: Any) -> None:
+    job, results, _, stats, workload = run
+    expected = job.strategy.memory(stats, workload)
+    assert len(results.memory) == 2
+    for category in ("parameters", "gradients", "optimizer", "buffers"):
+        most = max(getattr(memory, category) for memory in results.memory)
+        assert most == pytest.approx(getattr(expected, category), rel=0.02), category
+
+
+def test_categories_add_up_to_the_peak(run: Any) -> None:
+    _, results, *_ = run
+    for memory, peak_gib in zip(results.memory, results.peak_gib, strict=True):
+        assert sum(dict(memory).values()) == pytest.approx(peak_gib * 2**30, rel=0.01)
+        assert memory.activations > 0
+    assert results.memory_limit is not None and results.memory_limit > sum(results.peak_gib) * 2**30
+
+
+def test_traffic_is_what_the_spec_says(run: Any) -> None:
+    job, results, trace, stats, workload = run
+    expected = {(sent.collective, sent.axis, sent.ranks): sent for sent in job.strategy.traffic(stats, workload)}
+    assert len(results.traffic) == 2
+    for rank, rows in enumerate(results.traffic):
+        counted = {(row.collective, row.axis, row.ranks): row for row in rows}
+        for key, sent in expected.items():
+            assert counted[key].payload == pytest.approx(sent.payload, rel=0.01), key
+            assert counted[key].seconds is not None and counted[key].seconds > 0
+            events = [event for event in trace if event.rank == rank and event.name == sent.collective]
+            assert len(events) == counted[key].calls  # of one step
+            assert sum(event.details["bytes"] for event in events) == counted[key].payload
+            assert {event.details["axis"] for event in events} == {sent.axis}
+
+
+def test_the_last_step_of_a_short_run_is_traced_and_its_lanes_are_there(run: Any) -> None:
+    _, results, trace, *_ = run
+    assert results.traced_steps == [4]
+    assert {event.rank for event in trace} == {0, 1}
+    assert {event.category for event in trace if event.lane == 0} == {
+        "data",
+        "forward",
+        "backward",
+        "optimizer",
+        "idle",
+    }
+    assert {event.category for event in trace if event.lane == 1} == {"collective"}
+
+
+# --- when ---
+
+FORWARD_S, STEPS = 0.03, 6
+SLOW = 2.0  # times as long takes all on the second rank
+
+
+class UnevenBlocks(SleepingBlocks):
+    """One rank is slower than the other; a backward takes twice as long as a forward."""
+
+    def __init__(self, net: Any, optimizer: Any, scheduler: object) -> None:
+        super().__init__(net, optimizer, scheduler, FORWARD_S * (SLOW if os.environ["RANK"] == "1" else 1))
+
+
+UNEVEN = [
+    "model=vit_tiny",
+    "model._target_=tests.tracking.test_tracing.UnevenBlocks",
+    "model.net.num_layers=1",
+    "data=digits",
+    "data.global_batch_size=16",
+    "data.micro_batch_size=4",
+    "data.max_val_samples=8",
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_every_steps=null",
+    "logger=none",
+    "launcher.devices=2",
+    "launcher.accelerator=cpu",
+]
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
+def test_spans_are_as_long_as_what_is_done_in_them(strategy: str, tmp_path: Path) -> None:
+    job, results, trace = traced_run([*UNEVEN, f"strategy={strategy}"], tmp_path)
+    assert results.traced_steps == [3, 4]
+    assert job.accumulation == 2
+    for rank, forward_s in enumerate([FORWARD_S, FORWARD_S * SLOW]):
+        spans = {category: of(trace, rank, category) for category in ("forward", "backward", "optimizer", "data")}
+        assert [event.details["micro_batch"] for event in spans["forward"]] == [0, 1, 0, 1]
+        assert len(spans["data"]) == 4 and len(spans["optimizer"]) == 2
+        for category, seconds in (("forward", forward_s), ("backward", 2 * forward_s)):
+            asleep = [event.duration - waited(event, of(trace, rank, "idle")) for event in spans[category]]
+            # What else the machine does can only make it longer: the shortest counts.
+            assert 1e-6 * min(asleep) == pytest.approx(seconds, abs=0.015), category
+
+
+def waited(event: Event, waits: list[Event]) -> float:
+    end = event.start + event.duration
+    return sum(wait.duration for wait in waits if event.start <= wait.start < end)
+
+
+def of(trace: list[Event], rank: int, category: str) -> list[Event]:
+    return [event for event in trace if event.rank == rank and event.category == category]
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
+def test_a_rank_that_waits_for_a_slower_one_is_idle_as_long(strategy: str, tmp_path: Path) -> None:
+    _, results, _ = traced_run([*UNEVEN, f"strategy={strategy}"], tmp_path)
+    fast, slow = results.wait_share
+    assert fast == pytest.approx(1 - 1 / SLOW, abs=0.1)
+    assert slow < 0.1
+    assert results.idle_share[0] == pytest.approx(fast, abs=0.05)
+    assert results.idle_share[1] < 0.05
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_pipelines_idle_share_is_its_bubble(micro_batches: int, tmp_path: Path) -> None:
+    setting = Setting(schedule="1f1b", ranks=2, micro_batches=micro_batches)
+    words = [word for word in setting.overrides if not word.startswith("evidence")]
+    job, results, trace = traced_run([*words, "trainer.max_steps=6"], tmp_path)
+    ends = json.loads((tmp_path / "ends.json").read_text())
+    laps = [end - begin for begin, end in pairwise([0.0, *ends])]
+    traced_s = sum(laps[step - 1] for step in results.traced_steps)
+    measured = 1 - setting.work_s * len(results.traced_steps) / traced_s
+    assert isinstance(job.strategy, Grid)
+    for share in results.idle_share:
+        assert share == pytest.approx(job.strategy.bubble(), abs=0.05)
+        assert (
+            measured - 0.1 < share < measured + 0.02
+        )  # what else a step takes, such as Lightning's work, is no idling
+    for rank in range(2):
+        for category in ("forward", "backward"):
+            events = of(trace, rank, category)
+            assert [event.details["micro_batch"] for event in events] == 2 * list(range(micro_batches))
+            assert {event.details["stage"] for event in events} == {rank}
+            seconds = setting.block_s * (1 if category == "forward" else 2)
+            assert all(1e-6 * event.duration == pytest.approx(seconds, rel=0.25) for event in events)
+
+
+def test_a_run_may_go_untraced(tmp_path: Path) -> None:
+    words = [*ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1", "trainer.trace_steps=0"]
+    _, results, trace = traced_run(words, tmp_path)
+    assert trace == []
+    assert (results.memory, results.traffic, results.wait_share, results.traced_steps) == ([], [], [], [])
+    assert "traced" not in results.warmup_rule
+
+
+def test_one_process_is_traced_too_and_leaves_no_other_file(tmp_path: Path) -> None:
+    words = [*ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1"]
+    _, results, trace = traced_run(words, tmp_path)
+    assert results.traced_steps == [4] and results.traffic == [[]] and results.wait_share == [0.0]
+    assert of(trace, 0, "forward") and not of(trace, 0, "collective")
+    assert not list(tmp_path.glob("trace.*.json"))
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning")
+def test_a_step_that_is_not_traced_costs_less_than_a_millisecond_more(tmp_path: Path) -> None:
+    """1 % of a 100 ms step; most of it is Lightning's, which calls every hook of every callback."""
+
+    def seconds(folder: Path, *callbacks: pl.Callback) -> float:
+        start = time.process_time()
+        fit(folder, Slow(), *callbacks, max_steps=300)
+        return time.process_time() - start
+
+    turns = range(3)
+    bare = min(seconds(tmp_path / f"bare{turn}") for turn in turns)
+    mesh = {"pipe": 1, "data": 1, "tensor": 1}
+    watched = min(seconds(tmp_path / f"watched{turn}", StepTracer(tmp_path, mesh, count=0)) for turn in turns)
+    assert (watched - bare) / 300 < 0.001

@@ -1,0 +1,409 @@
+"""Runs laid side by side as figures: what each reached and cost, and what it was against the reference."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tracking.comparability import Difference, Doubt, config_differences, doubts, repeat_key
+from tracking.curve import Curve, against, curve_of, mean_curve, reached_by_all, time_to
+from tracking.gantt import Bar, last_step
+from tracking.record import Collective, Memory, RunRecord
+from tracking.sources import Run
+
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "buffers", "activations", "other")
+
+
+class _Figures(BaseModel):
+    # JSON has no NaN: a diverged loss is written as the string "NaN".
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Spread(_Figures):
+    """Mean over repeats, and their sample standard deviation; None where there is nothing to take it of."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+class Traffic(_Figures):
+    """One kind of collective on one axis: bytes and seconds of an optimizer step, mean over the ranks."""
+
+    collective: str
+    axis: str
+    calls: float
+    payload: float
+    seconds: float | None
+
+
+class RunFigures(_Figures):
+    """One run; None is what was not measured."""
+
+    label: str
+    name: str
+    folder: str | None
+    strategy: str | None
+    seed: int | None
+    state: str
+    error: str | None
+    ranks: int | None
+    mesh: str | None
+    steps: int | None
+    train_loss: float | None
+    val_loss: float | None
+    loss_difference: float | None  # largest from the reference, of the steps that both logged
+    loss_difference_step: int | None
+    tokens_per_s: float | None
+    tokens_per_s_deviation: float | None  # over its logged rows
+    tokens_per_s_per_device: float | None
+    speed_up: float | None
+    efficiency: float | None
+    mfu: float | None
+    step_ms_p50: float | None
+    step_ms_p95: float | None
+    peak_gib: float | None  # of the rank that held most
+    peak_gib_by_rank: list[float]
+    memory: list[Memory]
+    memory_limit: int | None
+    memory_source: str | None
+    traffic: list[Traffic]
+    sent_bytes: float | None
+    wait_share: float | None
+    wait_share_by_rank: list[float]
+    idle_share: float | None
+    wall_s: float | None
+    startup_s: float | None
+    seconds_to_target: float | None
+    verdict: Literal["agrees", "disagrees"] | None
+    curve: Curve
+    gantt: list[Bar]
+    gantt_step: int | None
+    missing: list[str]
+
+
+class Series(_Figures):
+    """Runs that differ by seed alone: one line, one bar."""
+
+    label: str
+    runs: list[int]  # places in Comparison.runs
+    ranks: int | None
+    spreads: dict[str, Spread]  # by the name of the figure
+    curve: Curve
+    on_front: bool  # no other needs both less time and less memory
+
+
+class Comparison(_Figures):
+    """All that the table, the page and the pictures show."""
+
+    reference: str | None
+    target_loss: float | None
+    runs: list[RunFigures]
+    series: list[Series]
+    doubts: list[Doubt]
+    differences: list[Difference]
+
+
+SPREADS = (
+    "tokens_per_s",
+    "tokens_per_s_per_device",
+    "speed_up",
+    "efficiency",
+    "mfu",
+    "step_ms_p50",
+    "peak_gib",
+    "train_loss",
+    "val_loss",
+    "seconds_to_target",
+)
+
+
+def compare_runs(runs: Sequence[Run], *, target_loss: float | None = None) -> Comparison:
+    """`target_loss` is the training loss that times are taken to; by default the lowest that every run reached."""
+    groups = _groups(runs)
+    labels = _labels(runs, groups)
+    reference = _reference(runs, groups)
+    curves = [curve_of(run) for run in runs]
+    target = target_loss if target_loss is not None else reached_by_all(curves)
+    figures = []
+    for group, label in zip(groups, labels, strict=True):
+        for index, named in zip(group, _members(label, [runs[index] for index in group]), strict=True):
+            partner = _partner(runs, index, reference)
+            other = None if partner is None else (runs[partner], curves[partner])
+            figures.append(_figures(runs[index], named, curves[index], other, target, runs))
+    places = [index for group in groups for index in group]
+    series = [
+        _series(label, [places.index(index) for index in group], figures)
+        for group, label in zip(groups, labels, strict=True)
+    ]
+    return Comparison(
+        reference=None if reference is None else labels[groups.index(reference)],
+        target_loss=target,
+        runs=figures,
+        series=_with_front(series),
+        doubts=doubts(runs, labels, groups),
+        differences=config_differences(runs, labels, groups),
+    )
+
+
+def best_run(runs: Sequence[RunFigures], figure: str) -> int | None:
+    """Which run's figure is the best; None where none has it."""
+    values = {
+        place: value
+        for place, run in enumerate(runs)
+        if (value := getattr(run, figure)) is not None and math.isfinite(value)
+    }
+    choose = max if figure in MORE_IS_BETTER else min
+    return choose(values, key=values.__getitem__, default=None)
+
+
+MORE_IS_BETTER = ("tokens_per_s", "tokens_per_s_per_device", "speed_up", "efficiency", "mfu")
+
+
+def differ(left: Spread, right: Spread) -> bool:
+    """Whether two means lie further apart than their spreads reach; without any spread, every difference counts."""
+    return abs(left.mean - right.mean) > (left.deviation or 0.0) + (right.deviation or 0.0)
+
+
+def _groups(runs: Sequence[Run]) -> list[list[int]]:
+    """Repeats together, in the order of the first; a run without a record stands alone."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, run in enumerate(runs):
+        groups[str(index) if run.record is None else repeat_key(run.record)].append(index)
+    return list(groups.values())
+
+
+def _labels(runs: Sequence[Run], groups: Sequence[Sequence[int]]) -> list[str]:
+    """Names; where two are the same, with the number of devices, then with what differs in the config."""
+    firsts = [runs[group[0]] for group in groups]
+    labels = [run.name for run in firsts]
+    for tell in (_sizes, _entries, _places, _numbers):
+        for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
+            same = [place for place, own in enumerate(labels) if own == label]
+            told = tell([firsts[place] for place in same])
+            if len(set(told)) > 1:
+                for place, extra in zip(same, told, strict=True):
+                    labels[place] = f"{label} {extra}".strip()
+    return labels
+
+
+def _members(label: str, runs: Sequence[Run]) -> list[str]:
+    """Labels of the repeats that `label` stands for: their seeds, or numbers where two have the same."""
+    if len(runs) == 1:
+        return [label]
+    seeds = [_seed(run) for run in runs]
+    if len(set(seeds)) == len(runs):
+        return [f"{label}, seed {seed}" for seed in seeds]
+    return [f"{label}, repeat {number}" for number in range(1, len(runs) + 1)]
+
+
+def _sizes(runs: Sequence[Run]) -> list[str]:
+    return [f"x {run.record.world_size}" if run.record else "" for run in runs]
+
+
+def _entries(runs: Sequence[Run]) -> list[str]:
+    """For each run as many of the config's entries as tell `runs` apart, at most two; classes say less than values."""
+    names = [str(number) for number in range(len(runs))]
+    differences = config_differences(runs, names, [[number] for number in range(len(runs))])
+    said: list[str] = [""] * len(runs)
+    for difference in sorted(differences, key=lambda one: one.key.endswith("_target_"))[:2]:
+        for value, holders in difference.values.items():
+            for name in holders:
+                entry = f"{difference.key.rpartition('.')[2]}={value}"
+                said[int(name)] = f"{said[int(name)]}, {entry}".removeprefix(", ")
+        if len(set(said)) == len(runs):
+            break
+    return said
+
+
+def _places(runs: Sequence[Run]) -> list[str]:
+    return [f"in {run.folder.name}" if run.folder else "" for run in runs]
+
+
+def _numbers(runs: Sequence[Run]) -> list[str]:
+    return [f"#{number}" for number in range(1, len(runs) + 1)]
+
+
+def _reference(runs: Sequence[Run], groups: Sequence[list[int]]) -> list[int] | None:
+    """The group of `single`, else the first that has a record."""
+    complete = [group for group in groups if runs[group[0]].record is not None]
+    single = [group for group in complete if runs[group[0]].strategy == "single"]
+    return next(iter(single or complete), None)
+
+
+def _partner(runs: Sequence[Run], index: int, reference: list[int] | None) -> int | None:
+    """The reference's run of the same seed, else its first."""
+    if reference is None:
+        return None
+    same = [other for other in reference if _seed(runs[other]) == _seed(runs[index])]
+    return next(iter(same or reference))
+
+
+def _seed(run: Run) -> int | None:
+    return None if run.record is None else run.record.seed
+
+
+def _figures(
+    run: Run, label: str, curve: Curve, reference: tuple[Run, Curve] | None, target: float | None, runs: Sequence[Run]
+) -> RunFigures:
+    curve = against(curve, None if reference is None else reference[1])
+    differences = [(abs(d), step) for d, step in zip(curve.difference, curve.steps, strict=True) if d is not None]
+    largest = max(differences, default=(None, None), key=lambda pair: pair[0] if pair[0] is not None else -1.0)
+    speeds = [row["perf/tokens_per_s"] for row in run.history if "perf/tokens_per_s" in row]
+    bars = last_step(run.trace)
+    values: dict[str, Any] = dict.fromkeys(RunFigures.model_fields)
+    values |= {"memory": [], "traffic": [], "peak_gib_by_rank": [], "wait_share_by_rank": []}
+    if run.record is not None:
+        values |= _measured(run.record, None if reference is None else reference[0].record)
+    traced = [] if run.record is None else run.record.results.traced_steps
+    return RunFigures.model_validate(
+        values
+        | {
+            "label": label,
+            "name": run.name,
+            "folder": None if run.folder is None else run.folder.name,
+            "strategy": run.strategy,
+            "state": run.state,
+            "error": run.error,
+            "loss_difference": largest[0],
+            "loss_difference_step": largest[1],
+            "tokens_per_s_deviation": statistics.stdev(speeds) if len(speeds) > 1 else None,
+            "seconds_to_target": time_to(curve, target),
+            "verdict": verdict_of(run, runs),
+            "curve": curve,
+            "gantt": bars,
+            "gantt_step": traced[-1] if traced and bars else None,
+            "missing": _missing(run),
+        }
+    )
+
+
+def _measured(record: RunRecord, reference: RunRecord | None) -> dict[str, Any]:
+    results, ranks = record.results, record.world_size
+    traffic = _mean_traffic(results.traffic)
+    speed_up = efficiency = None
+    if reference is not None and results.tokens_per_s and reference.results.tokens_per_s:
+        speed_up = results.tokens_per_s / reference.results.tokens_per_s
+        efficiency = speed_up * reference.world_size / ranks
+    mesh = record.mesh
+    return {
+        "seed": record.seed,
+        "ranks": ranks,
+        "mesh": f"{mesh.pipe} x {mesh.data} x {mesh.tensor}",
+        "steps": results.steps,
+        "train_loss": results.train_loss,
+        "val_loss": results.val_loss,
+        "tokens_per_s": results.tokens_per_s,
+        "tokens_per_s_per_device": results.tokens_per_s and results.tokens_per_s / ranks,
+        "speed_up": speed_up,
+        "efficiency": efficiency,
+        "mfu": results.mfu,
+        "step_ms_p50": results.step_ms_p50,
+        "step_ms_p95": results.step_ms_p95,
+        "peak_gib": max(results.peak_gib, default=None),
+        "peak_gib_by_rank": results.peak_gib,
+        "memory": results.memory,
+        "memory_limit": results.memory_limit,
+        "memory_source": results.memory_source,
+        "traffic": traffic,
+        "sent_bytes": sum(part.payload for part in traffic) if results.traffic else None,
+        "wait_share": statistics.fmean(results.wait_share) if results.wait_share else None,
+        "wait_share_by_rank": results.wait_share,
+        "idle_share": statistics.fmean(results.idle_share) if results.idle_share else None,
+        "wall_s": results.wall_s,
+        "startup_s": results.startup_s,
+    }
+
+
+def _mean_traffic(by_rank: Sequence[Sequence[Collective]]) -> list[Traffic]:
+    """Most bytes first."""
+    kinds: dict[tuple[str, str], list[Collective]] = defaultdict(list)
+    for rank in by_rank:
+        for part in rank:
+            kinds[part.collective, part.axis].append(part)
+    found = [
+        Traffic(
+            collective=collective,
+            axis=axis,
+            calls=sum(part.calls for part in parts) / len(by_rank),
+            payload=sum(part.payload for part in parts) / len(by_rank),
+            seconds=_total(parts, len(by_rank)),
+        )
+        for (collective, axis), parts in kinds.items()
+    ]
+    return sorted(found, key=lambda part: -part.payload)
+
+
+def _total(parts: Sequence[Collective], ranks: int) -> float | None:
+    times = [part.seconds for part in parts if part.seconds is not None]
+    return sum(times) / ranks if len(times) == len(parts) else None
+
+
+def verdict_of(run: Run, runs: Sequence[Run]) -> Literal["agrees", "disagrees"] | None:
+    """The run's own certificate, or that of a run beside it of the same strategy, size, model, data and precision."""
+    if run.verdict is not None or run.record is None:
+        return None if run.verdict is None else run.verdict.verdict
+    record = run.record
+    wanted = (record.strategy, record.world_size, record.model, record.data, record.precision.name)
+    for other in runs:
+        found = other.verdict
+        if found and (found.strategy, found.world_size, found.model, found.data, found.precision) == wanted:
+            return found.verdict
+    return None
+
+
+def _missing(run: Run) -> list[str]:
+    """What a reader would look for and not find, and why."""
+    lacks = list(run.notes)
+    if run.record is None:
+        return [*lacks, "no record: the run did not complete"]
+    results = run.record.results
+    checks: list[tuple[Any, str]] = [
+        (run.history, "no metrics.csv: losses by step"),
+        (results.tokens_per_s, "too few steps behind the warm-up: times"),
+        (results.memory, "memory by category"),
+        (results.traffic, "traffic"),
+        (run.trace, "no trace.json: what a step's time goes to"),
+    ]
+    return lacks + [text for value, text in checks if not value]
+
+
+def _series(label: str, places: list[int], figures: Sequence[RunFigures]) -> Series:
+    members = [figures[place] for place in places]
+    spreads = {name: spread for name in SPREADS if (spread := _spread(members, name)) is not None}
+    return Series(
+        label=label,
+        runs=places,
+        ranks=members[0].ranks,
+        spreads=spreads,
+        curve=mean_curve([run.curve for run in members]),
+        on_front=False,
+    )
+
+
+def _spread(members: Sequence[RunFigures], figure: str) -> Spread | None:
+    values = [value for run in members if (value := getattr(run, figure)) is not None and math.isfinite(value)]
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    if deviation is None and figure == "tokens_per_s":
+        deviation = members[0].tokens_per_s_deviation
+    return Spread(mean=statistics.fmean(values), deviation=deviation, count=len(values))
+
+
+def _with_front(series: Sequence[Series]) -> list[Series]:
+    """Marks the Pareto front of time to the target loss against peak memory of a device."""
+    points = {
+        place: (one.spreads["seconds_to_target"].mean, one.spreads["peak_gib"].mean)
+        for place, one in enumerate(series)
+        if {"seconds_to_target", "peak_gib"} <= one.spreads.keys()
+    }
+    front = {
+        place
+        for place, (time, memory) in points.items()
+        if not any(t <= time and m <= memory and (t, m) != (time, memory) for t, m in points.values())
+    }
+    return [one.model_copy(update={"on_front": place in front}) for place, one in enumerate(series)]
