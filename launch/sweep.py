@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from tracking.certified import RUNS, certificates_below
 from tracking.comparison import compare_runs
 from tracking.report import print_runs
 from tracking.sources import Run, read_runs
@@ -40,7 +41,7 @@ def write_comparison(runs: Sequence[Run], path: Path) -> None:
         # Here, so that a sweep ends as it should without plotly, too.
         from tracking.page import write_page
 
-        write_page(compare_runs(runs), path)
+        write_page(compare_runs(runs, certificates=certificates_below(RUNS)), path)
     except Exception as error:  # noqa: BLE001  # the runs are what counts: a sweep does not fail by its picture
         print(f"{path} was not written: {type(error).__name__}: {error}", file=sys.stderr)
     else:

@@ -30,6 +30,7 @@ from tracking.agreement import (
     other_micro_batches,
     tolerance_text,
 )
+from tracking.certified import subject_of
 from tracking.evidence import Evidence
 from tracking.record import RunRecord
 
@@ -132,6 +133,7 @@ class Verifier:
             steps=candidate.config.trainer.max_steps,
             checks=checks,
             tolerance=tolerance_text(precision.master),
+            subject=subject_of(candidate.record.config, candidate.record.world_size),
             config_hash=candidate.config.hash,
             reference_config_hash=reference.config.hash,
             environment=candidate.record.environment.model_dump(),

@@ -6,7 +6,8 @@ python scripts/compare.py <folder> ... --png <folder>         the same charts as
 python scripts/compare.py <folder> ... --loss 2.5             the training loss that times are taken to
 
 Everything is against the run of strategy=single, or the first. Runs that differ by seed alone are repeats: their mean
-stands, and a difference that is smaller than their spread is said to be none.
+stands, and a difference that is smaller than their spread is said to be none. What scripts/verify.py has certified
+is taken from below runs/.
 """
 
 import argparse
@@ -33,13 +34,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     given = parse(arguments)
+    from tracking.certified import RUNS, certificates_below
     from tracking.comparison import compare_runs
     from tracking.page import write_page
     from tracking.report import print_comparison
     from tracking.sources import collect
 
     try:
-        comparison = compare_runs(collect(given.sources), target_loss=given.loss)
+        certificates = certificates_below(RUNS)
+        comparison = compare_runs(collect(given.sources), target_loss=given.loss, certificates=certificates)
         print_comparison(comparison)
         out = given.out or Path(given.sources[0] if len(given.sources) == 1 else ".") / "compare.html"
         write_page(comparison, out)

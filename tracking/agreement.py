@@ -72,6 +72,7 @@ class Certificate(BaseModel):
     steps: int
     checks: list[Check]
     tolerance: str
+    subject: str = ""  # what it speaks for: tracking.certified.subject_of
     config_hash: str
     reference_config_hash: str
     environment: dict[str, Any]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from tracking.certified import Verdict, verdict_on
 from tracking.comparability import Difference, Doubt, config_differences, doubts, repeat_key
 from tracking.curve import Curve, against, curve_of, mean_curve, reached_by_all, time_to
 from tracking.gantt import Bar, last_step
@@ -121,8 +122,14 @@ SPREADS = (
 )
 
 
-def compare_runs(runs: Sequence[Run], *, target_loss: float | None = None) -> Comparison:
-    """`target_loss` is the training loss that times are taken to; by default the lowest that every run reached."""
+def compare_runs(
+    runs: Sequence[Run], *, target_loss: float | None = None, certificates: Sequence[Verdict] = ()
+) -> Comparison:
+    """`target_loss` is the training loss that times are taken to; by default the lowest that every run reached.
+
+    `certificates` speak for the runs that they fit, as do those that lie in the runs' own folders.
+    """
+    certificates = [*(run.verdict for run in runs if run.verdict is not None), *certificates]
     groups = _groups(runs)
     labels = _labels(runs, groups)
     reference = _reference(runs, groups)
@@ -133,7 +140,7 @@ def compare_runs(runs: Sequence[Run], *, target_loss: float | None = None) -> Co
         for index, named in zip(group, _members(label, [runs[index] for index in group]), strict=True):
             partner = _partner(runs, index, reference)
             other = None if partner is None else (runs[partner], curves[partner])
-            figures.append(_figures(runs[index], named, curves[index], other, target, runs))
+            figures.append(_figures(runs[index], named, curves[index], other, target, certificates))
     places = [index for group in groups for index in group]
     series = [
         _series(label, [places.index(index) for index in group], figures)
@@ -144,7 +151,7 @@ def compare_runs(runs: Sequence[Run], *, target_loss: float | None = None) -> Co
         target_loss=target,
         runs=figures,
         series=_with_front(series),
-        doubts=doubts(runs, labels, groups),
+        doubts=[*doubts(runs, labels, groups), *uncertified(figures)],
         differences=config_differences(runs, labels, groups),
     )
 
@@ -247,7 +254,12 @@ def _seed(run: Run) -> int | None:
 
 
 def _figures(
-    run: Run, label: str, curve: Curve, reference: tuple[Run, Curve] | None, target: float | None, runs: Sequence[Run]
+    run: Run,
+    label: str,
+    curve: Curve,
+    reference: tuple[Run, Curve] | None,
+    target: float | None,
+    certificates: Sequence[Verdict],
 ) -> RunFigures:
     curve = against(curve, None if reference is None else reference[1])
     differences = [(abs(d), step) for d, step in zip(curve.difference, curve.steps, strict=True) if d is not None]
@@ -272,7 +284,7 @@ def _figures(
             "loss_difference_step": largest[1],
             "tokens_per_s_deviation": statistics.stdev(speeds) if len(speeds) > 1 else None,
             "seconds_to_target": time_to(curve, target),
-            "verdict": verdict_of(run, runs),
+            "verdict": verdict_of(run, certificates),
             "curve": curve,
             "gantt": bars,
             "gantt_step": traced[-1] if traced and bars else None,
@@ -342,17 +354,25 @@ def _total(parts: Sequence[Collective], ranks: int) -> float | None:
     return sum(times) / ranks if len(times) == len(parts) else None
 
 
-def verdict_of(run: Run, runs: Sequence[Run]) -> Literal["agrees", "disagrees"] | None:
-    """The run's own certificate, or that of a run beside it of the same strategy, size, model, data and precision."""
-    if run.verdict is not None or run.record is None:
-        return None if run.verdict is None else run.verdict.verdict
-    record = run.record
-    wanted = (record.strategy, record.world_size, record.model, record.data, record.precision.name)
-    for other in runs:
-        found = other.verdict
-        if found and (found.strategy, found.world_size, found.model, found.data, found.precision) == wanted:
-            return found.verdict
-    return None
+def verdict_of(run: Run, certificates: Sequence[Verdict]) -> Literal["agrees", "disagrees"] | None:
+    """That of the run's own certificate, else of one that speaks for it."""
+    if run.verdict is not None:
+        return run.verdict.verdict
+    return None if run.record is None else verdict_on(run.record, certificates)
+
+
+def uncertified(runs: Sequence[RunFigures]) -> list[Doubt]:
+    """A warning of the strategies that nothing has been proved of; `single` is what others are certified against."""
+    lacking = [run for run in runs if run.verdict is None and run.ranks is not None and run.strategy != "single"]
+    if not lacking:
+        return []
+    strategies = ",".join(dict.fromkeys(str(run.strategy) for run in lacking))
+    labels = ", ".join(run.label for run in lacking)
+    text = (
+        f"no certificate for {labels}: whether it is what one process computes is not proved yet; "
+        f"python scripts/verify.py -m strategy={strategies}, with these runs' other choices, tells."
+    )
+    return [Doubt(fact="certificate", text=text)]
 
 
 def _missing(run: Run) -> list[str]:

@@ -5,10 +5,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from tracking.certified import Verdict
 from tracking.record import RunRecord
 from tracking.status import read_status
 
@@ -16,20 +17,6 @@ RUN_FILES = ("record.json", "status.json", "resolved.yaml")  # any of them makes
 WANDB_PREFIX = "wandb:"
 
 Row = dict[str, float]
-
-
-class Verdict(BaseModel):
-    """What a comparison needs of a certificate; `tracking.agreement` has all of it, and needs torch."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    verdict: Literal["agrees", "disagrees"]
-    strategy: str
-    world_size: int
-    model: str
-    data: str
-    precision: str
-    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)

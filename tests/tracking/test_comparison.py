@@ -7,10 +7,11 @@ import pytest
 
 from tests.tracking.examples import record
 from tests.tracking.runs import GIB, failed, measured, run, trace
+from tracking.certified import Verdict, subject_of
 from tracking.comparison import Comparison, RunFigures, Series, compare_runs
 from tracking.conclusions import conclusions
 from tracking.record import Environment, Precision
-from tracking.sources import Verdict
+from tracking.sources import Run
 
 
 def figures(comparison: Comparison, label: str) -> RunFigures:
@@ -152,9 +153,10 @@ def test_what_makes_runs_incomparable_is_told() -> None:
     odd = run("zero1", seed=5, changes={"environment": elsewhere, "precision": half, "data": "digits"})
     comparison = compare_runs([run("single"), run("ddp"), run("fsdp"), odd])
     told = {doubt.fact: doubt.text for doubt in comparison.doubts}
-    assert told.keys() == {"data", "precision", "device", "torch", "seed"}
+    assert told.keys() == {"data", "precision", "device", "torch", "seed", "certificate"}
     assert told["precision"].startswith("precision differs: fp32 (all others), bf16 (zero1)")
-    assert not compare_runs([run("single"), run("ddp")]).doubts
+    alike = [run("single"), run("ddp")]
+    assert not compare_runs(alike, certificates=[certificate_of(alike[1])]).doubts
 
 
 def test_only_what_differs_in_the_configs_is_listed() -> None:
@@ -211,11 +213,46 @@ def test_a_run_says_what_it_lacks() -> None:
     assert figures(compare_runs([whole]), "ddp").missing == []
 
 
+def certificate_of(made: Run, verdict: str = "agrees", **environment: str) -> Verdict:
+    assert made.record is not None
+    content = {
+        "verdict": verdict,
+        "strategy": made.strategy,
+        "subject": subject_of(made.record.config, made.record.world_size),
+        "environment": made.record.environment.model_dump() | environment,
+    }
+    return Verdict.model_validate(content)
+
+
+def test_a_run_that_nothing_certifies_is_warned_of() -> None:
+    runs = [run("single"), run("ddp"), run("zero1")]
+    comparison = compare_runs(runs, certificates=[certificate_of(runs[1]), certificate_of(runs[2], "disagrees")])
+    assert [one.verdict for one in comparison.runs] == [None, "agrees", "disagrees"]
+    assert comparison.doubts == []
+    (doubt,) = compare_runs(runs, certificates=[certificate_of(runs[1])]).doubts
+    assert doubt.text.startswith("no certificate for zero1: whether it is what one process computes")
+    assert "scripts/verify.py -m strategy=zero1, with" in doubt.text
+
+
+@pytest.mark.parametrize("changed", [{"torch": "2.0"}, {"revision": "0000"}])
+def test_a_certificate_of_other_code_does_not_count(changed: dict[str, str]) -> None:
+    ddp = run("ddp")
+    assert compare_runs([ddp], certificates=[certificate_of(ddp, **changed)]).runs[0].verdict is None
+
+
+def test_a_certificate_holds_for_other_rates_and_lengths_but_not_for_another_net() -> None:
+    config: dict[str, Any] = {"model": {"net": {"size": 8}, "optimizer": {"lr": 1}}, "trainer": {"max_steps": 4}}
+    other_rate = {"model": {"net": {"size": 8}, "optimizer": {"lr": 2}}, "trainer": {"max_steps": 9}}
+    other_net = {"model": {"net": {"size": 9}, "optimizer": {"lr": 1}}, "trainer": {"max_steps": 4}}
+    assert subject_of(config, 2) == subject_of(other_rate, 2)
+    assert len({subject_of(config, 2), subject_of(config, 4), subject_of(other_net, 2)}) == 3
+
+
 def test_a_certificate_beside_a_run_counts_if_it_is_of_the_same() -> None:
-    made = {"world_size": 2, "model": "gpt_tiny", "data": "text", "precision": "fp32", "steps": 4}
-    certificate = Verdict.model_validate(made | {"verdict": "agrees", "strategy": "ddp"})
+    ddp = run("ddp", ranks=2)
+    certificate = certificate_of(ddp)
     candidate = run("candidate", ranks=2, verdict=certificate, changes={"strategy": "ddp"})
-    comparison = compare_runs([run("ddp", ranks=2), run("zero1", ranks=2), candidate])
+    comparison = compare_runs([ddp, run("zero1", ranks=2), candidate])
     assert {one.label: one.verdict for one in comparison.runs} == {
         "ddp": "agrees",
         "zero1": None,
@@ -224,7 +261,8 @@ def test_a_certificate_beside_a_run_counts_if_it_is_of_the_same() -> None:
 
 
 def test_ranks_that_share_a_cpu_are_warned_of() -> None:
-    comparison = compare_runs([run("single"), run("ddp", ranks=2)])
+    ddp = run("ddp", ranks=2)
+    comparison = compare_runs([run("single"), ddp], certificates=[certificate_of(ddp)])
     assert [doubt.text for doubt in comparison.doubts] == [
         "ranks are processes that share 2 cores; their times say little of devices of their own."
     ]
