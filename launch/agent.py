@@ -1,22 +1,10 @@
-"""torchrun's agent for one run: starts the ranks, ends all when one fails, and writes down how each one ended.
-
-Run by the dispatcher as `python -m launch.agent <run folder> <number of ranks> fork|exec`; the last is how ranks start.
-"""
-
-import os
-import sys
-
-from launch.lifeline import die_with_parent, parented
-
-die_with_parent()  # before the seconds that importing torch takes
-
-FORKS = sys.argv[3] == "fork"
-if FORKS:
-    import launch.worker  # noqa: F401  # before torch is here: a run's time counts from its first lines
+"""torchrun's agent for one run: starts the ranks, ends all when one fails, and writes down how each one ended."""
 
 import json
 import logging
+import os
 import shutil
+import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -27,10 +15,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-EXIT_RANK_FAILED = 1
+from launch.fork import Forked, become_rank, preload
+from launch.lifeline import parented
 
-# The dispatcher says what failed, in one line; the agent's own account would be a second one.
-logging.disable(logging.CRITICAL)
+EXIT_RANK_FAILED = 1
 
 
 def run_ranks(run_dir: Path, num_ranks: int) -> dict[int, int]:
@@ -64,8 +52,6 @@ def start_by_fork(run_dir: Path) -> None:
     torchrun's own forks are for functions: of those that fail it names one, it gives the others 30 s to end, and calls
     no excepthook. So to the agent a rank stays a program; it is only born in another way.
     """
-    from launch.fork import Forked, become_rank, preload
-
     job = preload(run_dir)
 
     class ForkedRank(SubprocessHandler):
@@ -75,19 +61,19 @@ def start_by_fork(run_dir: Path) -> None:
     api.get_subprocess_handler = ForkedRank  # type: ignore[assignment]
 
 
-def main() -> int:
-    run_dir, num_ranks = Path(sys.argv[1]), int(sys.argv[2])
-    if FORKS:
-        start_by_fork(run_dir)
+def main(run_dir: str, num_ranks: str, start: str) -> int:
+    """Run the ranks of a run; `start` is how: by `fork`, which CUDA does not survive, or as programs (`exec`)."""
+    # The dispatcher says what failed, in one line; the agent's own account would be a second one.
+    logging.disable(logging.CRITICAL)
+    with suppress(OSError):  # what ps and top call this process; Linux alone takes it so
+        Path("/proc/self/comm").write_text("agent")
+    if start == "fork":
+        start_by_fork(Path(run_dir))
     try:
-        failed = run_ranks(run_dir, num_ranks)
+        failed = run_ranks(Path(run_dir), int(num_ranks))
     except SignalException as error:
         return 128 + error.sigval
     if failed:
         with suppress(OSError):  # on a full disk the exit code alone must do
-            (run_dir / "ranks" / "exit_codes.json").write_text(json.dumps(failed))
+            (Path(run_dir) / "ranks" / "exit_codes.json").write_text(json.dumps(failed))
     return EXIT_RANK_FAILED if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

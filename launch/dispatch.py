@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +27,7 @@ from launch.resume import check_resumed_data, resolve_resume
 from launch.schema import ConfigError, RunConfig, validate
 from launch.signals import TerminatedError, ask_to_end, asked_by, ended_path, last_word
 from launch.start import check_one_start, resolve_weights
+from launch.zygote import Fork, zygote_for
 from tracking.status import RunStatus, ended, read_status, running
 
 # What a launcher leaves in the environment of its processes; a run of ours inherits none of it.
@@ -39,6 +40,8 @@ LAUNCHER_VARIABLES = (
 SHUTDOWN_S = 10
 
 FULL_BYTES = 2**20  # less than this left is a full disk: logs and records no longer fit
+
+STARTED = "CONCORD_STARTED"  # variable of the ranks: when their run began, in seconds since the epoch
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -108,6 +111,8 @@ def prepare(
     if config.resume is None:
         config = resolve_weights(config)
     job = Job.of(config)
+    if write and world_size is None:
+        zygote_for(environment(config))  # it imports while the data is prepared
     try:
         job.data.prepare()
         check_validation(job)
@@ -149,10 +154,11 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
     """Start torchrun's agent for the job, wait for it, and name the cause if it failed."""
     print(headline(job), flush=True)
     oom_kills_before = oom_kills()
+    variables = environment(job.config)
     start = "fork" if job.config.launcher.accelerator == "cpu" else "exec"  # CUDA does not survive a fork
-    command = [sys.executable, "-m", "launch.agent", str(job.run_dir), str(job.world_size), start]
-    # A session of its own: Ctrl-C reaches the dispatcher alone, which ends the ranks in order.
-    process = subprocess.Popen(command, env=environment(job.config), start_new_session=True)
+    process = zygote_for(variables).fork(
+        "agent", str(job.run_dir), str(job.world_size), start, environment={**variables, STARTED: str(time.time())}
+    )
     with ending(process):
         code = wait(process, job)
     if code == 0 and ended_path(job.run_dir).exists():
@@ -171,7 +177,7 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
     return ended(status, "failed", error=error, exit_code=EXIT_FAILED)
 
 
-def wait(process: subprocess.Popen[bytes], job: Job) -> int:
+def wait(process: Fork, job: Job) -> int:
     """The agent's exit code; on a signal, once its ranks have ended the run at the end of a step."""
     try:
         return process.wait()
@@ -221,7 +227,7 @@ def environment(config: RunConfig) -> dict[str, str]:
 
 
 @contextmanager
-def ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def ending(process: Fork) -> Iterator[None]:
     """However the block is left, no process of the run is left with it."""
     try:
         yield
@@ -236,7 +242,7 @@ def ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
         raise
 
 
-def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def descendants(process: Fork) -> list[psutil.Process]:
     try:
         agent = psutil.Process(process.pid)
         return [agent, *agent.children(recursive=True)]

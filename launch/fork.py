@@ -1,7 +1,6 @@
 """Ranks by fork, for a run on CPU: each starts from an agent that has imported, once, what every rank needs.
 
-The agent computes nothing before: a process that has started OpenMP threads cannot fork one that computes, nor one
-that has touched CUDA one that uses it.
+The agent is itself a fork of launch.zygote, and like that one it computes nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from lightning.pytorch.utilities import rank_zero
 from torchmetrics.utilities import prints
 
@@ -52,6 +52,7 @@ def become_rank(job: Job, env: Mapping[str, str]) -> None:
     """Be in this forked process what `python -m launch.worker` is in one of its own."""
     os.environ.update(env)
     die_with_parent()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP reads it when it is loaded, and no more
     logging.disable(logging.NOTSET)  # it is the agent that is to say nothing
     # Read from the environment when they were imported.
     rank_zero.rank_zero_only.rank = prints.rank_zero_only.rank = int(env["RANK"])  # type: ignore[attr-defined]

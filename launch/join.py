@@ -18,6 +18,7 @@ from launch.entry import one_line
 from launch.job import Job
 from launch.schema import AUTO, ConfigError
 from launch.signals import last_word, remember_signals
+from launch.zygote import end_zygote
 from tracking.status import ended, running
 
 STARTED = time.time()
@@ -128,6 +129,7 @@ def run_claimed(launcher: OuterLauncher, run_dir: Path, tree: dict[str, object])
             claim_word(run_dir, launcher).unlink()
             refuse(run_dir, status, error)
         return refused(error)
+    end_zygote()  # the model is checked
     if launcher.name == "slurm":
         export_slurm_ranks(launcher)
     from launch.worker import run_rank

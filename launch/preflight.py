@@ -1,29 +1,24 @@
-"""What takes torch to find out or to make before a run starts, in processes of their own: the dispatcher has no torch.
-
-A model's plan is read by `python -m launch.preflight`, with the resolved config as JSON on stdin.
-"""
+"""What takes torch to find out or to make before a run starts, in other processes: the dispatcher has no torch."""
 
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 
 from launch.job import Job
 from launch.schema import ConfigError, RunConfig, validate
+from launch.zygote import zygote_for
 
 
 def check_model(config: RunConfig, environment: Mapping[str, str]) -> None:
     """ConfigError if the model's plan lacks a part that the run needs, or there is no compiler to compile it with."""
-    answer = subprocess.run(
-        [sys.executable, "-m", "launch.preflight"],
-        input=config.model_dump_json(),
-        capture_output=True,
-        text=True,
-        env=dict(environment),
-        check=False,
-    )
-    if answer.returncode:
-        raise ConfigError((answer.stderr.strip().splitlines() or ["model: its plan could not be read"])[-1])
+    with tempfile.TemporaryFile("w+") as words:
+        zygote = zygote_for(environment)
+        fork = zygote.fork("preflight", config.model_dump_json(), environment=environment, stderr=words)
+        if fork.wait():
+            words.seek(0)
+            raise ConfigError((words.read().strip().splitlines() or ["model: its plan could not be read"])[-1])
 
 
 def build_extensions(names: Sequence[str], accelerator: str, environment: Mapping[str, str]) -> None:
@@ -39,8 +34,18 @@ def build_extensions(names: Sequence[str], accelerator: str, environment: Mappin
         raise ConfigError((answer.stderr.strip().splitlines() or [f"{', '.join(names)} could not be built"])[-1])
 
 
-def main() -> None:
-    job = Job.of(validate(json.load(sys.stdin)))
+def main(config_json: str) -> int:
+    """Check the model of a resolved config, in a process that may import torch; an error's last line says why not."""
+    try:
+        check(Job.of(validate(json.loads(config_json))))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def check(job: Job) -> None:
+    """ValueError if the model's plan does not fit."""
     config, strategy = job.config, job.strategy
     from launch.worker import build_model
     from strategies.engines.extensions import check_compiler
@@ -63,10 +68,3 @@ def main() -> None:
     plan.require(strategy.needs, type(model).__name__)
     net = model.get_submodule(plan.net)
     strategy.check_plan(plan, plan.expand(name for name, _ in net.named_modules()))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(str(error))

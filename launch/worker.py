@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-STARTED = time.time()  # of a forked rank: when its agent began to import what it runs
+IMPORTED = time.time()
 
 from launch.lifeline import die_with_parent
 
@@ -41,7 +41,7 @@ from lightning.pytorch.strategies import Strategy
 from datamodules.loading import BatchDataset
 from datamodules.spec import SampledData
 from launch.checkpoints import Checkpoints
-from launch.dispatch import EXIT_FAILED, load_resolved
+from launch.dispatch import EXIT_FAILED, STARTED, load_resolved
 from launch.failure import record_error
 from launch.job import Job, run_of
 from launch.output import log_path, own_output
@@ -285,7 +285,7 @@ def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: floa
         flops_per_sample=size.flops_per_sample,
         peak_flops=peak_flops,
         log_every_steps=job.config.trainer.log_every_steps,
-        started_at=STARTED,
+        started_at=float(os.environ.get(STARTED, IMPORTED)),
         offers=lambda: {"optim/grad_norm": cast(ShowsState, engine).gradient_norm()},
         skipped_steps=(lambda: guard.skipped_steps) if guard.skips else None,
         trace_steps=trace_steps(job.config),

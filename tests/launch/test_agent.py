@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 
-from launch.dispatch import environment, load_resolved
+from launch.compose import compose
+from launch.dispatch import dispatch, environment, load_resolved
+from launch.zygote import Zygote, zygote_for
 from tests.launch.command import REPOSITORY, TINY, alive, family, rank_process, start, train, wait_for
 from tracking.record import RunRecord
 
@@ -102,7 +105,9 @@ def test_forked_process_ends_as_a_program_does() -> None:
 def test_ranks_are_forks_of_the_agent_and_react_as_programs_of_their_own(tmp_path: Path) -> None:
     process, processes = start_training(tmp_path)
     try:
-        agent = next(p for p in processes if "launch.agent" in p.cmdline())
+        agent = next(p for p in processes if p.name() == "agent")
+        zygote = next(p for p in processes if "launch.zygote" in p.cmdline())
+        assert (agent.ppid(), zygote.ppid()) == (zygote.pid, process.pid)
         for rank in (0, 1):
             forked = rank_process(process.pid, rank)
             assert forked.ppid() == agent.pid
@@ -117,7 +122,7 @@ def test_ranks_are_forks_of_the_agent_and_react_as_programs_of_their_own(tmp_pat
 
 def test_killed_agent_takes_its_ranks_with_it(tmp_path: Path) -> None:
     process, processes = start_training(tmp_path)
-    next(p for p in processes if "launch.agent" in p.cmdline()).kill()
+    next(p for p in processes if p.name() == "agent").kill()
     assert process.wait(timeout=30) == 1
     wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=5)
     assert "the agent that runs the ranks was killed by SIGKILL" in (tmp_path / "err").read_text()
@@ -134,24 +139,20 @@ def test_rank_that_does_not_end_when_told_is_killed(tmp_path: Path) -> None:
 
 
 def test_executed_ranks_train_as_forked_ones(tmp_path: Path) -> None:
-    """The way that runs on GPUs go, on the CPU; and a run's time counts from when its imports began on both."""
+    """The way that runs on GPUs go, on the CPU."""
     run = train(tmp_path, *DDP)
     assert (run.returncode, run.stderr) == (0, "")
     executed = tmp_path / "executed"
     (executed / "ranks").mkdir(parents=True)
     resolved = (tmp_path / "run/resolved.yaml").read_text()
     (executed / "resolved.yaml").write_text(resolved.replace(f"{tmp_path}/run", str(executed)))
-    agent = subprocess.run(
-        [sys.executable, "-m", "launch.agent", str(executed), "2", "exec"],
-        env=environment(load_resolved(executed)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (agent.returncode, agent.stderr) == (0, "")
+    variables = environment(load_resolved(executed))
+    with closing(Zygote(variables)) as zygote, (tmp_path / "err").open("w") as err:
+        agent = zygote.fork("agent", str(executed), "2", "exec", environment=variables, stderr=err)
+        assert agent.wait(timeout=120) == 0
+    assert (tmp_path / "err").read_text() == ""
     there, here = (RunRecord.read(folder / "record.json").results for folder in (executed, tmp_path / "run"))
     assert (there.train_loss, there.val_loss, there.steps) == (here.train_loss, here.val_loss, here.steps)
-    assert here.startup_s > 0.4 * there.startup_s
     left, left_here = ({path.name for path in (folder / "ranks").iterdir()} for folder in (executed, tmp_path / "run"))
     assert {"0.log", "1.log"} <= left == left_here
 
@@ -160,3 +161,34 @@ def test_forked_ranks_compute_with_several_threads(tmp_path: Path) -> None:
     """They would hang if anything in the agent had used a second thread."""
     run = train(tmp_path, *DDP, "launcher.threads_per_rank=2", "model.net.hidden_size=64", "data.sequence_length=256")
     assert run.returncode == 0, run.stderr
+
+
+def test_killed_zygote_takes_its_run_with_it(tmp_path: Path) -> None:
+    process, processes = start_training(tmp_path)
+    next(p for p in processes if "launch.zygote" in p.cmdline() and p.ppid() == process.pid).kill()
+    assert process.wait(timeout=30) == 1
+    wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=5)
+    assert "the agent that runs the ranks was killed by SIGKILL" in (tmp_path / "err").read_text()
+
+
+def test_runs_of_one_process_are_forked_from_one_zygote(tmp_path: Path) -> None:
+    zygotes = []
+    for strategy in ("single", "ddp"):
+        words = [*TINY, f"strategy={strategy}", f"run_dir={tmp_path / strategy}"]
+        status = dispatch(tmp_path / strategy, strategy, lambda words=words: compose(words))  # type: ignore[misc]
+        assert status.state == "completed", status.error
+        zygotes.append(zygote_for(environment(load_resolved(tmp_path / strategy))))
+    assert zygotes[0] is zygotes[1]
+    zygotes[0].close()
+
+
+def test_zygote_is_kept_for_the_same_environment_and_made_anew_for_another() -> None:
+    first = zygote_for({**os.environ, "A": "1"})
+    assert zygote_for({**os.environ, "A": "1", "OMP_NUM_THREADS": "7"}) is first
+    other = zygote_for({**os.environ, "A": "2"})
+    assert other is not first and not first.usable
+    other.process.kill()
+    other.process.wait()
+    third = zygote_for({**os.environ, "A": "2"})
+    assert third is not other and third.usable
+    third.close()
