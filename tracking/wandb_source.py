@@ -14,8 +14,8 @@ import wandb
 from wandb.apis.public import Run as RunOnServer
 
 from tracking.redact import redact
-from tracking.sources import WANDB_PREFIX, Row, Run, read_run
-from tracking.wandb_config import AXES, COMPARE, RUN_FILES
+from tracking.sources import Row, Run, read_run
+from tracking.wandb_config import AXES, COMPARE, RUN_FILES, Group
 from tracking.wandb_run import TROUBLE, be_quiet, close_service, first_line, has_api_key
 
 REQUEST_TIMEOUT_S = 10  # W&B asks again and again as long
@@ -30,10 +30,7 @@ def read_group(source: str) -> dict[str, Run]:
 
     Raises ValueError in one line for what is malformed, not there or not reachable.
     """
-    parts = source.removeprefix(WANDB_PREFIX).split("/")
-    if len(parts) != 3 or not all(parts):
-        raise ValueError(f"{source} is no group of runs; write wandb:<entity>/<project>/<group>.")
-    entity, project, group = parts
+    entity, project, group = Group.parse(source)
     be_quiet()
     if not has_api_key():
         host = redact(wandb.setup().settings.base_url)

@@ -14,21 +14,10 @@ from typing import Any
 import psutil
 
 from tests.tracking.examples import record
+from tests.tracking.wandb_use import CERTIFICATE, EVENT, METRICS
 from tracking.wandb_config import WandbConfig
 from tracking.wandb_logger import RunLogger, finish_wandb, log_record
 from tracking.wandb_run import start_run
-
-METRICS = "step,train/loss,perf/tokens_per_s,val/loss\n1,3.5,1000.0,\n1,,,2.0\n2,1.25,,\n2,,,2.5\n"
-EVENT = {"ph": "X", "pid": 1, "tid": 0, "cat": "forward", "name": "forward", "ts": 1.5, "dur": 2.0}
-CERTIFICATE = {
-    "verdict": "agrees",
-    "strategy": "ddp",
-    "world_size": 2,
-    "model": "gpt_tiny",
-    "data": "text",
-    "precision": "fp32",
-    "steps": 4,
-}
 
 
 def run(run_dir: Path, mode: str, accident: str) -> None:

@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/graphql":
             return json.dumps(graphql(json.loads(body))).encode()
         if path == "/kept":
-            return json.dumps({"runs": runs, "artifacts": artifacts, "reports": reports}).encode()
+            return json.dumps(kept()).encode()
         if path.startswith("/upload/"):
             files[path.removeprefix("/upload/")] = body
         if path.startswith("/download/"):
@@ -190,8 +190,13 @@ def upsert_view(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def projects(asked: dict[str, Any]) -> dict[str, Any]:
-    node = PROJECT | {"createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False}
+    node = PROJECT | {"createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False, "user": None}
     return {"models": {"edges": [{"node": node, "cursor": "1"}], "pageInfo": PAGE}}
+
+
+def kept() -> dict[str, Any]:
+    contents = [content.decode(errors="replace") for content in files.values()]
+    return {"runs": runs, "artifacts": artifacts, "reports": reports, "contents": contents}
 
 
 def here() -> str:
@@ -209,6 +214,7 @@ ANSWERS = {
     "RunHistoryKeys": history_keys,
     "RunParquetHistory": lambda asked: {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": []}}}},
     "HistoryPage": history_page,
+    "ArtifactType": lambda asked: {"project": {"artifact": None}},
     "CreateArtifact": create_artifact,
     "CreateArtifactManifest": create_manifest,
     "UpdateArtifactManifest": update_manifest,

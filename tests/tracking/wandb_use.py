@@ -19,6 +19,19 @@ ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef" * 2 + "01234567"  # 40 characters, as W&B's keys have
 WANDB = Path(sys.executable).with_name("wandb")
 
+# What the program leaves in its run's folder.
+METRICS = "step,train/loss,perf/tokens_per_s,val/loss\n1,3.5,1000.0,\n1,,,2.0\n2,1.25,,\n2,,,2.5\n"
+EVENT = {"ph": "X", "pid": 1, "tid": 0, "cat": "forward", "name": "forward", "ts": 1.5, "dur": 2.0}
+CERTIFICATE = {
+    "verdict": "agrees",
+    "strategy": "ddp",
+    "world_size": 2,
+    "model": "gpt_tiny",
+    "data": "text",
+    "precision": "fp32",
+    "steps": 4,
+}
+
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
