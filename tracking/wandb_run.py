@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -176,13 +177,23 @@ def _online(keys: dict[str, Any]) -> wandb.Run:
 
 def close_service() -> None:
     """End W&B's service process, by force if it does not end by itself: at exit, W&B would wait for it forever."""
-    # wandb-core, and below it its monitor of the GPU: both are listed now, when the one still leads to the other.
-    service = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("wandb-")]
+    service = _service()
     try:
         _within(GRACE_S, wandb.teardown)
     except TROUBLE:
-        for process in filter(psutil.Process.is_running, service):
-            process.kill()
+        for process in service:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _service() -> list[psutil.Process]:
+    """wandb-core, and below it its monitor of the GPU: both are listed now, when the one still leads to the other."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it may be ending by itself
+            if child.name().startswith("wandb-"):
+                found.append(child)
+    return found
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:

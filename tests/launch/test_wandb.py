@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.compose import compose
+from launch.schema import validate
 from tests.launch.command import REPOSITORY, TINY, train, user_environment
 from tracking.record import RunRecord
 from tracking.sources import collect
@@ -105,6 +107,14 @@ def test_a_sweep_logs_its_page_as_an_artifact_of_its_group(tmp_path: Path) -> No
     assert content["path"] == "compare.html"
     assert Path(content["local_path"]).read_bytes() == (tmp_path / "sweep/compare.html").read_bytes()
     assert len(collect([str(tmp_path / "sweep")])) == 2
+
+
+def test_all_that_the_sweep_of_w_and_b_may_choose_can_be_composed_and_is_no_choice_of_ours(tmp_path: Path) -> None:
+    parameters = yaml.safe_load(SWEEP.read_text())["parameters"]
+    for key, choices in parameters.items():
+        for value in choices["values"]:
+            validate(compose([f"{key}={value}", f"run_dir={tmp_path}"]))
+    assert SWEEP.stem not in train(tmp_path, "--help").stdout
 
 
 @pytest.mark.slow
