@@ -13,9 +13,12 @@ import yaml
 
 from launch.compose import compose
 from launch.schema import validate
+from launch.sweep import print_sweep
 from tests.launch.command import REPOSITORY, TINY, train, user_environment
+from tests.tracking.examples import record
 from tracking.record import RunRecord
 from tracking.sources import collect
+from tracking.status import RunStatus, State
 
 SMALL = [word for word in TINY if word != "logger=none"]
 SWEEP = REPOSITORY / "conf/wandb_sweep.yaml"
@@ -56,12 +59,12 @@ def test_an_offline_run_is_the_record_its_config_and_every_row_of_its_metrics(tm
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     run_dir = tmp_path / "run"
-    record = RunRecord.read(run_dir / "record.json")
+    result = RunRecord.read(run_dir / "record.json")
     entries = entries_of(run_dir)
 
     made = one(entries, "run")
-    assert (made["run_group"], made["job_type"], made["project"]) == (record.group, record.strategy, "concord")
-    assert (made["run_id"], record.group, record.strategy) == (record.run_id, "night", "ddp")
+    assert (made["run_group"], made["job_type"], made["project"]) == (result.group, result.strategy, "concord")
+    assert (made["run_id"], result.group, result.strategy) == (result.run_id, "night", "ddp")
     resolved = yaml.safe_load((run_dir / "resolved.yaml").read_text())
     logged = made["config"]["update"]
     assert {key: logged[key] for key in resolved} == json.loads(json.dumps(resolved))
@@ -71,14 +74,14 @@ def test_an_offline_run_is_the_record_its_config_and_every_row_of_its_metrics(tm
     assert steps == sorted(steps) and set(steps) == {1, 2, 3, 4}
     assert [row["tokens"] for row in rows] == [256 * step for step in steps]
     times = [row["time_s"] for row in rows]
-    assert times == sorted(times) and times[0] > 0 and times[-1] <= record.results.wall_s - record.results.startup_s + 1
+    assert times == sorted(times) and times[0] > 0 and times[-1] <= result.results.wall_s - result.results.startup_s + 1
     with (run_dir / "metrics.csv").open(newline="") as file:
         kept = [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
     assert len(kept) == 6  # four of training, two of validation
     assert [without(row, "tokens", "time_s") for row in rows] == [without(row, "epoch") for row in kept]
 
     summary = json.loads(inspect(run_dir, "--summary"))["summary"]
-    results = json.loads(record.results.model_dump_json())
+    results = json.loads(result.results.model_dump_json())
     assert {key: summary.get(f"record/{key}") for key in results} == results
     assert summary["val/loss"]["min"] == min(row["val/loss"] for row in kept if "val/loss" in row)
     speeds = [row["perf/tokens_per_s"] for row in kept if "perf/tokens_per_s" in row]
@@ -107,6 +110,16 @@ def test_a_sweep_logs_its_page_as_an_artifact_of_its_group(tmp_path: Path) -> No
     assert content["path"] == "compare.html"
     assert Path(content["local_path"]).read_bytes() == (tmp_path / "sweep/compare.html").read_bytes()
     assert len(collect([str(tmp_path / "sweep")])) == 2
+
+
+@pytest.mark.parametrize(("state", "mode"), [("interrupted", "offline"), ("failed", "disabled")])
+def test_a_sweep_that_is_interrupted_or_not_in_w_and_b_logs_nothing(tmp_path: Path, state: State, mode: str) -> None:
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+        record(name=name, config={"logger": {"mode": mode}}).write(tmp_path / name / "record.json")
+    RunStatus(name="1", strategy="ddp", state=state, started=0.0).write(tmp_path / "1")
+    assert print_sweep(tmp_path) == 1
+    assert (tmp_path / "compare.html").exists() and not (tmp_path / "wandb").exists()
 
 
 def test_all_that_the_sweep_of_w_and_b_may_choose_can_be_composed_and_is_no_choice_of_ours(tmp_path: Path) -> None:
@@ -139,11 +152,11 @@ def test_a_sweep_of_w_and_b_runs_against_train(tmp_path: Path) -> None:
     done = subprocess.run(arguments, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    record = RunRecord.read(tmp_path / "run/record.json")
+    result = RunRecord.read(tmp_path / "run/record.json")
     made = one(entries_of(tmp_path / "run"), "run")
     assert (made["run_id"], made["sweep_id"], made["run_group"]) == ("run7", "sweep5", "sweep5")
-    assert (record.run_id, record.group) == ("run7", "sweep5")
-    assert record.strategy == chosen["strategy"]
-    assert record.config["optimizer"]["lr"] == chosen["optimizer.lr"]
+    assert (result.run_id, result.group) == ("run7", "sweep5")
+    assert result.strategy == chosen["strategy"]
+    assert result.config["optimizer"]["lr"] == chosen["optimizer.lr"]
     # W&B has the sweep's choices beside the rest of the config, where its charts of parameters look for them.
     assert {key: made["config"]["update"][key] for key in chosen} == chosen
