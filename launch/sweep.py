@@ -12,6 +12,7 @@ from tracking.certified import RUNS, certificates_below
 from tracking.comparison import compare_runs
 from tracking.report import print_runs
 from tracking.sources import Run, read_runs
+from tracking.wandb_config import logger_of
 
 
 class SweepTable(Callback):
@@ -31,12 +32,15 @@ def print_sweep(sweep_dir: Path) -> int:
         return 0
     print_runs(runs)
     if any(run.record is not None for run in runs):
-        write_comparison(runs, sweep_dir / "compare.html")
+        page = sweep_dir / "compare.html"
+        # Who has interrupted a sweep does not want to wait for a server.
+        if write_comparison(runs, page) and all(run.state != "interrupted" for run in runs):
+            log_comparison(runs, page)
     return sum(run.state != "completed" for run in runs)
 
 
-def write_comparison(runs: Sequence[Run], path: Path) -> None:
-    """Write the page that `scripts/compare.py` writes, and print its path; or why there is none."""
+def write_comparison(runs: Sequence[Run], path: Path) -> bool:
+    """Write the page that `scripts/compare.py` writes, and print its path; or why there is none. Whether there is."""
     try:
         # Here, so that a sweep ends as it should without plotly, too.
         from tracking.page import write_page
@@ -44,5 +48,19 @@ def write_comparison(runs: Sequence[Run], path: Path) -> None:
         write_page(compare_runs(runs, certificates=certificates_below(RUNS)), path)
     except Exception as error:  # noqa: BLE001  # the runs are what counts: a sweep does not fail by its picture
         print(f"{path} was not written: {type(error).__name__}: {error}", file=sys.stderr)
-    else:
-        print(f"compared in {path}")
+        return False
+    print(f"compared in {path}")
+    return True
+
+
+def log_comparison(runs: Sequence[Run], page: Path) -> None:
+    """Log the page and the runs' certificates where the runs themselves are logged."""
+    config = logger_of(runs)
+    if config.mode == "disabled":
+        return
+    try:
+        from tracking import wandb_comparison  # W&B, which a second goes by in
+
+        wandb_comparison.log_comparison(runs, page, config)
+    except Exception as error:  # noqa: BLE001  # as above
+        print(f"{page} is not in W&B: {type(error).__name__}: {error}", file=sys.stderr)

@@ -138,7 +138,13 @@ class Verifier:
             reference_config_hash=reference.config.hash,
             environment=candidate.record.environment.model_dump(),
         )
-        certificate.write(self.folder / name / "certificate.json")
+        path = self.folder / name / "certificate.json"
+        certificate.write(path)
+        if candidate.config.logger.mode != "disabled":
+            from tracking import wandb_comparison  # W&B, which a second goes by in
+
+            kept = [wandb_comparison.certificate(path, certificate.strategy)]
+            wandb_comparison.log_artifacts(kept, candidate.config.logger, folder=path.parent)
         return certificate
 
 

@@ -18,7 +18,6 @@ import copy
 import faulthandler
 import logging
 import os
-import secrets
 import sys
 import traceback
 import warnings
@@ -59,7 +58,9 @@ from tracking.progress import Progress
 from tracking.record import RunRecord, environment
 from tracking.redact import redact
 from tracking.tracing import StepTracer
-from tracking.wandb_logger import finish_wandb, log_record, start_wandb
+from tracking.wandb_config import new_run_id
+from tracking.wandb_logger import RunLogger, finish_wandb, log_record
+from tracking.wandb_run import start_run
 
 
 class Guarded(Protocol):
@@ -128,16 +129,16 @@ def loggers(job: Job, rank: int, run_id: str) -> list[Logger]:
         return []
     config = job.config
     csv = CSVLogger(save_dir=job.run_dir, name="", version="")
-    wandb = start_wandb(
+    run = start_run(
         config.logger,
         run_dir=job.run_dir,
         job_type=config.strategy["name"],
         name=config.name,
         run_config=config.model_dump(),
         run_id=run_id,
-        tokens_per_step=job.data.global_batch_size * job.data.tokens_per_sample,
     )
-    return [csv] if wandb is None else [csv, wandb]
+    tokens_per_step = job.data.global_batch_size * job.data.tokens_per_sample
+    return [csv] if run is None else [csv, RunLogger(run, save_dir=job.run_dir, tokens_per_step=tokens_per_step)]
 
 
 def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: list[Logger]) -> Trainer:
@@ -224,7 +225,7 @@ def train_watched(
         flops_per_sample=stats.flops_per_sample if stats else None,
     )
     watchdog.beat()
-    run_id = secrets.token_hex(4)
+    run_id = new_run_id()
     sinks = loggers(job, rank, run_id)
     completed = False
     try:
@@ -251,7 +252,7 @@ def train_watched(
             results = meter.results().model_copy(update=tracer.results)
             result = record_of(job, run_id, results, size, cast(ShowsState, engine).dtypes)
             result.write(job.run_dir / "record.json")
-            log_record(sinks, result)
+            log_record(sinks, result, job.run_dir)
         completed = True
     except EndedError as ending:
         return ending.number

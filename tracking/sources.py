@@ -1,8 +1,8 @@
-"""Runs from where they are left: a run folder, or the folder of a sweep."""
+"""Runs from where they are left: a run folder, the folder of a sweep, or W&B."""
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,21 +74,50 @@ def read_runs(folder: Path) -> list[Run]:
 
     Raises ValueError when there is no run.
     """
-    return [read_run(path) for path in _run_folders(folder)]
+    paths = _run_folders(folder)
+    if not paths:
+        raise _no_run(folder)
+    return [read_run(path) for path in paths]
 
 
 def collect(sources: Sequence[str]) -> list[Run]:
-    """The runs of all `sources`, each once: folders of runs and of sweeps.
+    """The runs of all `sources`, each once: folders of runs and of sweeps, `wandb:entity/project/group`, and what
+    W&B has left in a folder that has no other files of runs.
 
     Raises ValueError when a source has no run.
     """
-    folders: dict[Path, Path] = {}  # by their real place, under the name that was given first
+    runs: dict[str, Run] = {}  # by their real place, as it was given first
     for source in sources:
-        if source.startswith(WANDB_PREFIX):
-            raise ValueError(f"{source} cannot be read yet: runs come from folders; give that of the run or sweep.")
-        for path in _run_folders(Path(source).expanduser()):
-            folders.setdefault(path.resolve(), path)
-    return [read_run(path) for path in folders.values()]
+        for place, run in _read_source(source, known=runs.keys()):
+            runs[place] = run
+    return list(runs.values())
+
+
+def _read_source(source: str, known: Collection[str]) -> Iterator[tuple[str, Run]]:
+    """The runs of one source, but for those of folders that are `known`."""
+    if source.startswith(WANDB_PREFIX):
+        from tracking.wandb_source import read_group  # imports W&B, which a second goes by in
+
+        yield from read_group(source).items()
+        return
+    folder = Path(source).expanduser()
+    paths = (
+        [] if any(folder.glob("*.wandb")) else _run_folders(folder)
+    )  # beside that file, files/ is not all of the run
+    for path in paths:
+        if str(path.resolve()) not in known:
+            yield str(path.resolve()), read_run(path)
+    if not paths:
+        yield from _read_offline(folder).items()
+
+
+def _read_offline(folder: Path) -> dict[str, Run]:
+    from tracking.wandb_source import read_offline
+
+    runs = read_offline(folder)
+    if not runs:
+        raise _no_run(folder)
+    return runs
 
 
 def read_history(folder: Path) -> list[Row]:
@@ -157,12 +186,14 @@ def _rows(path: Path) -> dict[int, Row]:
     return rows
 
 
-def _run_folders(folder: Path) -> Iterable[Path]:
+def _no_run(folder: Path) -> ValueError:
+    return ValueError(f"{folder} holds no run; give a run's folder, or that of a sweep.")
+
+
+def _run_folders(folder: Path) -> list[Path]:
     if _is_run(folder):
         return [folder]
     jobs = [path for path in folder.iterdir() if _is_run(path)] if folder.is_dir() else []
-    if not jobs:
-        raise ValueError(f"{folder} holds no run; give a run's folder, or that of a sweep.")
     return sorted(jobs, key=_job_number)
 
 

@@ -151,7 +151,7 @@ def test_compare_prints_the_table_and_the_page_s_path(tmp_path: Path) -> None:
     [
         ([], "the following arguments are required: folder"),
         (["nowhere"], "nowhere holds no run"),
-        (["wandb:me/project/group"], "wandb:me/project/group cannot be read yet"),
+        (["wandb:me/group"], "wandb:me/group is no group of runs"),
         (["run", "--loss", "low"], "invalid float value: 'low'"),
         (["run", "--out", "no/such/page.html"], "No such file or directory; give another --out or --png."),
     ],

@@ -80,7 +80,7 @@ def test_each_run_is_collected_once_in_the_order_given(tmp_path: Path) -> None:
 
 
 def test_a_source_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wandb:me/concord/group cannot be read yet"):
-        collect(["wandb:me/concord/group"])
+    with pytest.raises(ValueError, match="wandb:me/group is no group of runs"):
+        collect(["wandb:me/group"])
     with pytest.raises(ValueError, match="holds no run"):
         collect([str(tmp_path)])

@@ -1,104 +1,19 @@
 """The real W&B client against no server, a dead one, a mute one and one that dies; read back with W&B's own tool."""
 
-import json
 import os
 import shlex
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
-from subprocess import PIPE, Popen
-from typing import Any, Protocol
 
-import psutil
 import pytest
 import wandb
 
 from tests.tracking.examples import record
+from tests.tracking.wandb_use import KEY, WANDB, Done, Program, environment, programs, records_of, serve, summary_of
 from tracking.wandb_config import WandbConfig
-from tracking.wandb_logger import choose_mode, has_api_key
-
-ROOT = Path(__file__).parents[2]
-KEY = "0123456789abcdef" * 2 + "01234567"  # 40 characters, as W&B's keys have
-WANDB = Path(sys.executable).with_name("wandb")
-
-
-def environment(home: Path, **variables: str) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    return clean | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | variables
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a program left behind."""
-
-    stdout: str
-    stderr: str
-    wall_s: float
-
-
-class Program(Protocol):
-    def __call__(self, folder: Path, mode: str = "auto", accident: str = "none", **variables: str) -> Done: ...
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """Runs the program in a git repository whose remote holds a secret; in the end, sees that no process is left."""
-    command = [sys.executable, "-m", "tests.tracking.wandb_program"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, text=True) as warm:
-        assert warm.stdin is not None and warm.stdout is not None
-        assert warm.stdout.readline() == "ready\n"
-        yield partial(run_program, warm)
-        warm.stdin.close()
-    assert left_over(tmp_path_factory.getbasetemp()) == []
-
-
-def run_program(warm: Popen[str], folder: Path, mode: str = "auto", accident: str = "none", **variables: str) -> Done:
-    for name in ("home", "run", "repository"):
-        (folder / name).mkdir(exist_ok=True)
-    git = ["git", "-C", str(folder / "repository")]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    subprocess.run([*git, "remote", "add", "origin", "https://me:SECRET-git@example.com/x.git"], check=True)
-    outputs = {name: str(folder / name) for name in ("stdout", "stderr")}
-    request = {
-        "arguments": [str(folder / "run"), mode, accident, "k=SECRET-arg"],
-        "env": environment(folder / "home", **variables),
-        "cwd": str(folder / "repository"),
-        **outputs,
-    }
-    assert warm.stdin is not None and warm.stdout is not None
-    start = time.monotonic()
-    print(json.dumps(request), file=warm.stdin, flush=True)
-    exit_code = warm.stdout.readline().strip()
-    wall_s = time.monotonic() - start
-    done = Done(wall_s=wall_s, **{name: Path(path).read_text() for name, path in outputs.items()})
-    assert exit_code == "0", done.stderr
-    return done
-
-
-def left_over(base: Path) -> list[str]:
-    """What is still alive, 10 s later at the latest, of the processes whose HOME lies under `base`."""
-    deadline = time.monotonic() + 10
-    while (found := living(base)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return found
-
-
-def living(base: Path) -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            home = process.environ().get("HOME", "")
-            if process.status() != psutil.STATUS_ZOMBIE and Path(home).is_relative_to(base):
-                found.append(f"{home}: {process.cmdline()}")
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
+from tracking.wandb_run import choose_mode, has_api_key
 
 
 def seconds(done: Done, what: str) -> float:
@@ -110,22 +25,10 @@ def told(done: Done) -> list[str]:
     return done.stderr.splitlines()
 
 
-def leet(folder: Path, *words: str) -> str:
-    """What W&B's own reader tells of the only run in `folder`."""
-    (file,) = (folder / "run" / "wandb").glob("*run-*/*.wandb")
-    command = [str(WANDB), "leet", "inspect", *words, "--json", str(file)]
-    env = environment(folder / "home")
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=True).stdout
-
-
-@cache
-def summary_of(folder: Path) -> dict[str, Any]:
-    return json.loads(leet(folder, "--summary"))
-
-
-@cache
-def records_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in leet(folder).splitlines()]
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    with programs(tmp_path_factory.getbasetemp()) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +65,8 @@ def test_every_row_has_its_step_and_tokens(offline: Offline) -> None:
     records = records_of(offline[0])
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     rows = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+    times = [row.pop("time_s") for row in rows]
+    assert times == sorted(times) and times[0] >= 0 and times[-1] < offline[1].wall_s
     assert rows == [
         {"train/loss": 3.5, "perf/tokens_per_s": 1000, "step": 1, "tokens": 1024},
         {"val/loss": 2, "step": 1, "tokens": 1024},
@@ -169,22 +74,37 @@ def test_every_row_has_its_step_and_tokens(offline: Offline) -> None:
         {"val/loss": 2.5, "step": 2, "tokens": 2048},
     ]
     metrics = {record["metric"].get("name", "*"): record["metric"] for record in records if record["type"] == "metric"}
-    assert metrics["*"]["step_metric"] == metrics["val/loss"]["step_metric"] == "step"
+    for name in ("*", "val/loss", "perf/tokens_per_s"):
+        assert metrics[name]["step_metric"] == "step"
+    for axis in ("step", "tokens", "time_s"):
+        assert metrics[axis]["options"]["hidden"] is True
 
 
-def test_the_summary_is_the_record_and_the_least_validation_loss(offline: Offline) -> None:
+def test_the_summary_is_the_record_the_least_validation_loss_and_the_mean_throughput(offline: Offline) -> None:
     summary = summary_of(offline[0])["summary"]
-    results = {key.removeprefix("record/"): value for key, value in summary.items() if key.startswith("record/")}
-    assert results == record().results.model_dump(mode="json")
+    results = record().results.model_dump(mode="json")
+    assert {key: summary.get(f"record/{key}") for key in results} == results  # W&B's reader leaves out what is null
     assert summary["val/loss"] == {"min": 2}
+    assert summary["perf/tokens_per_s"] == {"mean": 1000}
     assert summary["train/loss"] == 1.25
 
 
 def test_no_secret_is_in_any_byte_of_the_run(offline: Offline) -> None:
-    files = [path for path in (offline[0] / "run").rglob("*") if path.is_file()]
+    files = [path for path in (offline[0] / "run" / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     for path in files:
         assert b"SECRET" not in path.read_bytes(), path
+
+
+def test_the_record_the_trace_and_the_certificate_are_with_the_run_and_will_be_uploaded(offline: Offline) -> None:
+    (kept,) = (offline[0] / "run" / "wandb").glob("offline-run-*/files")
+    names = {"record.json", "trace.json", "certificate.json"}
+    for name in names:
+        assert not (kept / name).is_symlink()
+        assert (kept / name).read_bytes() == (offline[0] / "run" / name).read_bytes()
+    assert not (kept / "resolved.yaml").exists()
+    listed = [file for one in records_of(offline[0]) if one["type"] == "files" for file in one["files"]["files"]]
+    assert names <= {file["path"] for file in listed}
 
 
 def test_a_failed_run_is_marked_as_failed(tmp_path: Path, train: Program) -> None:
@@ -249,19 +169,6 @@ def test_a_key_that_the_server_refuses_costs_one_line(tmp_path: Path, train: Pro
 def server(tmp_path: Path) -> Iterator[dict[str, str]]:
     with serve(tmp_path / "uploads") as variables:
         yield variables
-
-
-@contextmanager
-def serve(uploads: Path, status: int = 200) -> Iterator[dict[str, str]]:
-    """A living server, as the variables that lead a client to it; what it is sent it writes to `uploads`."""
-    command = [sys.executable, str(Path(__file__).with_name("wandb_server.py")), str(uploads), str(status)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        host = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        try:
-            yield {"WANDB_BASE_URL": host, "WANDB_API_KEY": KEY, "SERVER_PID": str(process.pid)}
-        finally:
-            process.kill()
 
 
 def test_with_a_key_and_a_server_the_run_is_online(tmp_path: Path, train: Program, server: dict[str, str]) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 import psutil
 
 from tests.tracking.examples import record
+from tests.tracking.wandb_use import CERTIFICATE, EVENT, METRICS
 from tracking.wandb_config import WandbConfig
-from tracking.wandb_logger import finish_wandb, log_record, start_wandb
+from tracking.wandb_logger import RunLogger, finish_wandb, log_record
+from tracking.wandb_run import start_run
 
 
 def run(run_dir: Path, mode: str, accident: str) -> None:
     start = time.monotonic()
-    logger = start_wandb(
+    made = start_run(
         WandbConfig.model_validate({"mode": mode, "tags": ["from-config"]}),
         run_dir=run_dir,
         job_type="ddp",
@@ -33,15 +35,18 @@ def run(run_dir: Path, mode: str, accident: str) -> None:
             "data": {"tokenizer": "bytes", "hf_token": "SECRET-config", "tokens_per_sample": 64},
             "mirror": "https://me:SECRET-url@example.com/data?token=SECRET-query",
         },
-        tokens_per_step=1024,
         finish_timeout_s=3,
     )
     print(f"start {time.monotonic() - start:.1f}")
-    if logger is None:
+    if made is None:
         return
+    logger = RunLogger(made, save_dir=run_dir, tokens_per_step=1024)
     logger.log_hyperparams({"width": 8, "password": "SECRET-hyperparameter"})
     logger.log_metrics({"train/loss": 3.5, "perf/tokens_per_s": 1000.0}, 1)
     logger.log_metrics({"val/loss": 2.0, "epoch": 0}, 1)
+    if accident == "run fails early":
+        finish_wandb([logger], ok=False)
+        return
     if accident == "server dies":
         time.sleep(1)
         os.kill(int(os.environ["SERVER_PID"]), signal.SIGKILL)
@@ -54,7 +59,13 @@ def run(run_dir: Path, mode: str, accident: str) -> None:
     logger.log_metrics({"train/loss": 1.25}, 2)
     logger.log_metrics({"val/loss": 2.5, "epoch": 0}, 2)
     print("SECRET-print")
-    log_record([logger], record())
+    (run_dir / "metrics.csv").write_text(METRICS)
+    made_record = record(group="sweep-7")
+    made_record.write(run_dir / "record.json")
+    (run_dir / "trace.json").write_text(json.dumps({"traceEvents": [EVENT]}))
+    (run_dir / "certificate.json").write_text(json.dumps(CERTIFICATE))
+    (run_dir / "resolved.yaml").write_text("hf_token: SECRET-resolved")
+    log_record([logger], made_record, run_dir)
     start = time.monotonic()
     finish_wandb([logger], ok=accident != "run fails")
     print(f"finish {time.monotonic() - start:.1f}")
