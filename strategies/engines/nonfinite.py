@@ -23,8 +23,9 @@ from strategies.schedules import Step
 class NanFinder(pl.Callback):
     """Looks at what goes into and comes out of every module in training, and at their gradients; each look is a sync.
 
-    Modules are known by their names in the LightningModule, under every strategy; of tensors that are split over ranks
-    each looks at its part. In what modules hand on, -inf is no fault: masks and log-probabilities are made of it.
+    Modules are known by their names in the LightningModule, under every strategy. Of tensors that are split over ranks
+    each looks at its part; a NaN that another rank's part sends it in backward may be put down to the part of a module.
+    In what modules hand on, -inf is no fault: masks and log-probabilities are made of it.
     """
 
     def __init__(self) -> None:
