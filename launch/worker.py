@@ -44,20 +44,18 @@ from launch.checkpoints import Checkpoints
 from launch.dispatch import EXIT_FAILED, load_resolved
 from launch.failure import record_error
 from launch.job import Job, run_of
+from launch.looks import nan_finders, profilers, recorder_of
 from launch.output import log_path, own_output
 from launch.restore import Complete, Restore
-from launch.schema import ConfigError, ProfileConfig, RunConfig
+from launch.schema import ConfigError, RunConfig
 from launch.signals import EndedError
 from launch.watchdog import Watchdog
 from launch.weights import StartingWeights
 from models.stats import ModelStats, measure
 from strategies.engines.finite import StepGuard
-from strategies.engines.nonfinite import NanFinder
-from strategies.engines.recorder import FlightRecorder
 from tracking import record
 from tracking.evidence import EvidenceRecorder, ShowsState
 from tracking.meter import Meter, measure_peak_flops
-from tracking.profile import KinetoTrace, MemorySnapshot
 from tracking.progress import Progress
 from tracking.record import RunRecord, environment
 from tracking.redact import redact
@@ -188,11 +186,8 @@ def train(
     what is printed meanwhile goes above it and into `log`. `stats` are the model's, where they are known already.
     A run that hangs says so on `stderr`, if it is given.
     """
-    rank, debug = int(os.environ["RANK"]), job.config.debug
-    recorder = None
-    if debug is not None and debug.name == "flight_recorder":
-        recorder = FlightRecorder(job.run_dir, rank=rank, entries=debug.entries)
-        callbacks = [*callbacks, recorder]
+    rank = int(os.environ["RANK"])
+    recorder = recorder_of(job.config, job.run_dir, rank)
     watchdog = Watchdog(
         job.run_dir,
         rank=rank,
@@ -202,6 +197,8 @@ def train(
         leave_more=recorder and recorder.dump,
     )
     with watchdog.watching():
+        recorders = [recorder] if recorder else []
+        callbacks = [*callbacks, *recorders]
         return train_watched(job, watchdog, terminal=terminal, log=log, callbacks=callbacks, stats=stats)
 
 
@@ -246,11 +243,7 @@ def train_watched(
         )
         progress = Progress(meter, terminal=terminal, log=log)
         own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), tracer]
-        if config.profile is not None:
-            own.append(profiler(config.profile, job.run_dir, trace_steps(config)))
-        own += [meter, progress]
-        if config.debug is not None and config.debug.name == "nan":
-            own.append(NanFinder())  # behind the tracer, which watches a pipeline's steps, too
+        own += [*profilers(config, job.run_dir, trace_steps(config)), meter, progress, *nan_finders(config)]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
         if config.resume is not None:
@@ -305,13 +298,6 @@ def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: floa
         trace_steps=trace_steps(job.config),
         profiled=job.config.profile.disturbed if job.config.profile else (),
     )
-
-
-def profiler(profile: ProfileConfig, run_dir: Path, traced: int) -> Callback:
-    steps = range(profile.first_step, profile.last_step + 1)
-    if profile.name == "memory":
-        return MemorySnapshot(run_dir, steps, traced)
-    return KinetoTrace(run_dir, steps, traced, shapes=profile.shapes, stacks=profile.stacks, memory=profile.memory)
 
 
 def trace_steps(config: RunConfig) -> int:
