@@ -71,7 +71,7 @@ def test_a_search_that_is_over_runs_nothing_when_it_is_resumed(
 
 @pytest.mark.slow
 def test_an_interrupted_search_is_resumed_at_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["hparams=lr", "hparams.trials=3", "trainer.max_steps=20", "model._target_=tests.launch.hanging.IsSlow"]
+    words = ["hparams=lr", "hparams.trials=3", "trainer.max_steps=40", "model._target_=tests.launch.hanging.IsSlow"]
     monkeypatch.setenv("STEP_S", "0.2")
     process = start(tmp_path, *SEARCH, *words)
     folder = tmp_path / "search"
@@ -133,7 +133,7 @@ REFUSED = {
 @pytest.mark.parametrize("mistake", REFUSED)
 def test_mistake_gets_one_line(mistake: str, tmp_path: Path) -> None:
     words, line = REFUSED[mistake]
-    run = train(tmp_path, *TINY, *words)
+    run = train(tmp_path, *words, *TINY)  # where -m stands, overrides begin
     assert run.returncode == 2
     assert len(run.stderr.splitlines()) == 1
     assert line in run.stderr
