@@ -23,6 +23,11 @@ def quoted(value: object) -> str:
     return f"'{text}'"
 
 
+def spelled(overrides: list[str]) -> list[str]:
+    """`debug=nan` as the name of a choice: Hydra would take it for a number."""
+    return ["debug='nan'" if word == "debug=nan" else word for word in overrides]
+
+
 def tree_of(config: DictConfig, hydra: Any) -> dict[str, Any]:
     """The task's config with every interpolation resolved, plus `choices`: the file chosen in each group."""
     choices = {group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")}
@@ -48,7 +53,7 @@ def unresolved(error: OmegaConfBaseException, choices: dict[str, str | None]) ->
 def compose(overrides: list[str]) -> dict[str, Any]:
     """The tree of one run from overrides as the command line takes them, outside of a Hydra application."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        whole = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+        whole = hydra_compose("config", overrides=spelled(overrides), return_hydra_config=True)
     OmegaConf.set_struct(whole, False)
     hydra = whole.pop("hydra")
     whole.pop("resume_sweep")

@@ -14,14 +14,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.compose import quoted, tree_of
+from launch.compose import quoted, spelled, tree_of
 from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch
 from launch.schema import AUTO, ConfigError
+from launch.search import found_best
 from launch.signals import TerminatedError, end_on_signals
 from launch.sweep import SweepTable, print_sweep
-from tracking.record import RunRecord
+from tracking.curve import curve_of, time_to
 from tracking.report import print_runs
-from tracking.sources import read_run
+from tracking.sources import Run, read_run
 from tracking.status import RunStatus, read_status
 
 exit_codes: list[int] = []  # of the runs that this process dispatched
@@ -39,6 +40,10 @@ def run_job(config: DictConfig) -> float:
     if config.pop("resume_sweep") is not None:
         status = earlier(run_dir)
         config.resume = config.resume or AUTO
+    if config.get("hparams") is not None and hydra.mode != RunMode.MULTIRUN:
+        print(f"hparams={hydra.runtime.choices['hparams']} searches by several runs; add -m.", file=sys.stderr)
+        exit_codes.append(EXIT_REFUSED)
+        return math.nan
     if status is None:
         prepare_tree(config, hydra, run_dir)
         name = str(OmegaConf.select(config, "strategy.name"))
@@ -46,12 +51,22 @@ def run_job(config: DictConfig) -> float:
     in_sweep = hydra.mode == RunMode.MULTIRUN
     if status.error:
         print(f"{run_dir.name + ': ' if in_sweep else ''}{status.error}", file=sys.stderr)
+    dumps = run_dir / "flight_recorder" / "dumps"
+    if status.state == "failed" and dumps.exists():
+        print(f"what each rank has sent: {dumps.parent}; compare the ranks by `torchfrtrace {dumps} --prefix rank`")
     if status.state == "completed" and not in_sweep:
         print_runs([read_run(run_dir)])
     if status.state == "completed" and config.expect is not None:
         print("the recipe expects " + ", ".join(f"{key} {value}" for key, value in config.expect.items()))
     exit_codes.append(status.exit_code or 0)
-    return objective(run_dir) if status.state == "completed" else math.nan
+    if status.state != "completed":
+        return math.nan
+    try:
+        return objective(read_run(run_dir), str(config.objective.name), config.objective.loss)
+    except ValueError as error:
+        if config.get("hparams") is not None:
+            print(f"{run_dir.name}: {error}; the trial counts as failed.", file=sys.stderr)
+        return math.nan
 
 
 def prepare_tree(config: DictConfig, hydra: Any, run_dir: Path) -> None:
@@ -72,10 +87,21 @@ def earlier(run_dir: Path) -> RunStatus | None:
     return None
 
 
-def objective(run_dir: Path) -> float:
-    """What a sweeper minimises: the validation loss at the end."""
-    loss = RunRecord.read(run_dir / "record.json").results.val_loss
-    return math.nan if loss is None else loss
+def objective(run: Run, name: str, loss: float | None) -> float:
+    """What a sweeper minimises of a run that completed; ValueError if the run does not have it."""
+    assert run.record is not None
+    if name == "time_to_loss":
+        curve = curve_of(run)
+        seconds = time_to(curve, loss)
+        if seconds is None:
+            lowest = min(curve.train_loss, default=math.nan)
+            raise ValueError(f"objective.loss={loss} was not reached (lowest training loss: {lowest:.4g})")
+        return seconds
+    results = run.record.results
+    value = results.val_loss if name == "val_loss" else results.step_ms_p50
+    if value is None or not math.isfinite(value):
+        raise ValueError(f"objective={name}: the run has none (steps={results.steps}, {name}={value})")
+    return value
 
 
 def resumed_argv(argv: list[str]) -> list[str]:
@@ -106,7 +132,7 @@ def run_application(application: Callable[[], None]) -> int:
     end_on_signals()
     interrupted = 0
     try:
-        sys.argv = resumed_argv(sys.argv)
+        sys.argv = spelled(resumed_argv(sys.argv))
         application()
     except KeyboardInterrupt as error:
         with suppress(OSError):  # the terminal may be what has ended
@@ -117,6 +143,9 @@ def run_application(application: Callable[[], None]) -> int:
         exit_codes.append(EXIT_REFUSED)
     if SweepTable.folder is not None and SweepTable.folder.is_dir():
         failed = print_sweep(SweepTable.folder)
+        has_best = found_best(SweepTable.folder)
+        if has_best is not None:
+            return interrupted or (0 if has_best else EXIT_FAILED)
         return interrupted or (EXIT_FAILED if failed or any(exit_codes) else 0)
     return interrupted or max(exit_codes, default=0)
 

@@ -101,6 +101,7 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
     check_vocabulary(config)
     check_optimizer(config, accelerator)
     check_checkpoint(config, strategy)
+    check_looks(config, accelerator, mesh.world_size)
     threads = config.launcher.threads_per_rank
     if threads == "auto":
         threads = max(1, usable_cores() // (local_world_size or mesh.world_size))
@@ -206,6 +207,33 @@ def check_optimizer(config: RunConfig, accelerator: str) -> None:
             f"optimizer={config.choices.get('optimizer')} works in host memory, but strategy="
             f"{config.strategy['name']} keeps the optimizer on the GPU; set strategy.offload.optimizer=cpu (a ZeRO "
             f"strategy has it), or choose optimizer=adamw."
+        )
+
+
+def check_looks(config: RunConfig, accelerator: str, world_size: int) -> None:
+    """What is to be looked at must be there to be seen."""
+    profile, debug = config.profile, config.debug
+    if debug is not None and debug.name == "nan" and config.compile:
+        raise ConfigError("debug=nan looks between the modules that compile=true joins; leave compile=true out.")
+    if debug is not None and debug.name == "flight_recorder" and world_size == 1:
+        raise ConfigError(
+            f"debug=flight_recorder records what ranks send each other, and strategy={config.strategy['name']} has "
+            f"one; leave debug out, or choose another strategy."
+        )
+    if profile is None:
+        return
+    if profile.name == "memory" and accelerator == "cpu":
+        raise ConfigError(
+            "profile=memory shows what CUDA's allocator does, and this run has none; on CPU choose profile=torch "
+            "profile.memory=true."
+        )
+    if profile.name == "torch" and profile.first_step < 2:
+        raise ConfigError("profile.first_step=1: the profiler warms up in the step before; set profile.first_step=2.")
+    if profile.last_step > config.trainer.max_steps:
+        raise ConfigError(
+            f"profile.first_step={profile.first_step} profile.steps={profile.steps} end beyond trainer.max_steps="
+            f"{config.trainer.max_steps}; set profile.first_step={max(2, config.trainer.max_steps - profile.steps + 1)}"
+            f" or lower, or profile.steps=1."
         )
 
 

@@ -104,6 +104,8 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
         if any(word.startswith("-") for word in overrides):
             raise ConfigError(f"Under {launcher.name}, train.py is one rank of one run: it takes overrides, no flags.")
         tree = compose(overrides)
+        if tree.get("hparams") is not None:
+            raise ConfigError(f"Under {launcher.name}, train.py is one rank of one run; hparams= searches by several.")
         run_dir = Path(str(tree["run_dir"])).resolve()
         if launcher.rank == 0:
             status = running(str(tree["name"]), str(tree["name"]))

@@ -31,7 +31,7 @@ from tracking.wandb_config import WandbConfig
 # Keys that may differ between two runs that train the same thing: how a run is watched, where it lies.
 NOT_IDENTITY = (
     "name", "run_dir", "resume", "resume_despite", "evidence", "logger", "launcher", "checkpoint", "status", "expect",
-    "choices",
+    "choices", "hparams", "objective", "profile", "debug",
 )  # fmt: skip
 
 
@@ -88,6 +88,40 @@ class CheckpointConfig(Section):
         return bool(self.every_steps or self.every_minutes or self.keep_best or self.at_end is True)
 
 
+class HparamsConfig(Section):
+    trials: PositiveInt
+    sampler: Literal["tpe", "random"]
+    params: dict[str, str]  # key: a sweep as the command line takes it
+
+
+class ObjectiveConfig(Section):
+    name: Literal["val_loss", "time_to_loss", "step_ms"]
+    loss: float | None = Field(allow_inf_nan=False)  # that is to be reached
+
+
+class ProfileConfig(Section):
+    name: Literal["torch", "memory"]
+    first_step: PositiveInt
+    steps: PositiveInt
+    shapes: bool = False  # these three of torch alone
+    stacks: bool = False
+    memory: bool = False
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps - 1
+
+    @property
+    def disturbed(self) -> range:
+        """The optimizer steps whose times say nothing of the run: torch's profiler warms up in one more."""
+        return range(self.first_step - (self.name == "torch"), self.last_step + 1)
+
+
+class DebugConfig(Section):
+    name: Literal["nan", "flight_recorder"]
+    entries: PositiveInt = 2000  # collectives that a rank's flight recorder keeps
+
+
 class RunConfig(Section):
     """One run. Sections with a `_target_` are built by `build_spec` (strategy, data) or by the worker (model)."""
 
@@ -110,6 +144,10 @@ class RunConfig(Section):
     logger: WandbConfig
     launcher: LauncherConfig
     checkpoint: CheckpointConfig
+    hparams: HparamsConfig | None = None
+    objective: ObjectiveConfig
+    profile: ProfileConfig | None = None
+    debug: DebugConfig | None = None
     status: Literal["untested", "measured"] | None  # of a recipe
     expect: dict[str, float | str] | None  # of a measured recipe: what was seen, on what hardware, with what versions
     data_digest: str | None = None  # of the files that are trained on; written by launch.dispatch

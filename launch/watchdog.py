@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -47,13 +47,21 @@ class Watchdog(pl.Callback):
     stacks alone.
 
     terminal: where the one line goes that says which rank hangs, if there is no dispatcher to say it.
+    leave_more: called when the run hangs, once its stacks are written.
     """
 
     def __init__(
-        self, run_dir: Path, *, rank: int, world_size: int, timeout_s: float, terminal: TextIO | None = None
+        self,
+        run_dir: Path,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        terminal: TextIO | None = None,
+        leave_more: Callable[[], None] | None = None,
     ) -> None:
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
-        self.timeout_s, self.terminal = timeout_s, terminal
+        self.timeout_s, self.terminal, self.leave_more = timeout_s, terminal, leave_more
         self.beats = 0
         self.during = "set-up"
         self.stopped = threading.Event()
@@ -108,6 +116,8 @@ class Watchdog(pl.Callback):
                 log.flush()
                 faulthandler.dump_traceback(log)
                 log.flush()
+                if self.leave_more is not None:
+                    self.leave_more()
                 while self.unanswered() and time.monotonic() - began < GRACE_S:
                     time.sleep(POLL_S / 5)
                 if self.terminal is not None:

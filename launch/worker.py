@@ -43,6 +43,7 @@ from launch.checkpoints import Checkpoints
 from launch.dispatch import EXIT_FAILED, STARTED, load_resolved
 from launch.failure import record_error
 from launch.job import Job, run_of
+from launch.looks import nan_finders, profilers, recorder_of
 from launch.output import log_path, own_output
 from launch.restore import Complete, Restore
 from launch.schema import ConfigError, RunConfig
@@ -186,14 +187,19 @@ def train(
     what is printed meanwhile goes above it and into `log`. `stats` are the model's, where they are known already.
     A run that hangs says so on `stderr`, if it is given.
     """
+    rank = int(os.environ["RANK"])
+    recorder = recorder_of(job.config, job.run_dir, rank)
     watchdog = Watchdog(
         job.run_dir,
-        rank=int(os.environ["RANK"]),
+        rank=rank,
         world_size=job.world_size,
         timeout_s=job.config.launcher.timeout_s,
         terminal=stderr,
+        leave_more=recorder and recorder.dump,
     )
     with watchdog.watching():
+        recorders = [recorder] if recorder else []
+        callbacks = [*callbacks, *recorders]
         return train_watched(job, watchdog, terminal=terminal, log=log, callbacks=callbacks, stats=stats)
 
 
@@ -237,7 +243,8 @@ def train_watched(
             job.run_dir, {axis: int(size) for axis, size in job.mesh.sizes.items()}, trace_steps(config)
         )
         progress = Progress(meter, terminal=terminal, log=log)
-        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), tracer, meter, progress]
+        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), tracer]
+        own += [*profilers(config, job.run_dir, trace_steps(config)), meter, progress, *nan_finders(config)]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
         if config.resume is not None:
@@ -290,6 +297,7 @@ def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: floa
         offers=lambda: {"optim/grad_norm": cast(ShowsState, engine).gradient_norm()},
         skipped_steps=(lambda: guard.skipped_steps) if guard.skips else None,
         trace_steps=trace_steps(job.config),
+        profiled=job.config.profile.disturbed if job.config.profile else (),
     )
 
 

@@ -10,7 +10,10 @@ from tracking.record import RunRecord
 from tracking.sources import Run
 
 # Where and how a run is kept, and what follows from other keys; `data.seed` follows from `seed`.
-BOOKKEEPING = ("name", "run_dir", "logger", "choices", "status", "expect", "resume", "resume_despite", "evidence")
+BOOKKEEPING = (
+    "name", "run_dir", "logger", "choices", "status", "expect", "resume", "resume_despite", "evidence", "hparams",
+    "objective",
+)  # fmt: skip
 
 
 class Doubt(BaseModel):

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, Protocol, cast, final
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from tracking.record import Results
 
 WARMUP_RULE = "the first min(10, max(2, steps // 10)) optimizer steps are left out"
 TRACED_RULE = f"{WARMUP_RULE}, and so are the steps that were traced"
+PROFILED_RULE = ", and those in which a profiler ran"
 
 
 def warmup_steps(steps: int) -> int:
@@ -49,6 +50,7 @@ class Meter(pl.Callback):
     skipped_steps: how many optimizer steps have been left out so far, of a run that may leave out any; their losses are
     not averaged.
     trace_steps: how many steps a StepTracer traces; they are left out of the times, unless the run has no others.
+    profiled: steps in which a profiler runs; they are always left out.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Meter(pl.Callback):
         offers: Callable[[], Mapping[str, float | Tensor]] = dict,
         skipped_steps: Callable[[], int] | None = None,
         trace_steps: int = 0,
+        profiled: Collection[int] = (),
     ) -> None:
         self.latest: dict[str, float] = {}
         self.logged_step = 0
@@ -76,6 +79,7 @@ class Meter(pl.Callback):
         self._count_skipped = skipped_steps
         self._skipped_steps = 0
         self._trace_steps = trace_steps
+        self._profiled = profiled
         self._laps: list[tuple[Any, Any]] = []
         self._step_s: list[float] = []
         self._peak_gib: list[float] = []
@@ -163,7 +167,7 @@ class Meter(pl.Callback):
             peak_flops_per_device=self._peak_flops,
             peak_gib=self._peak_gib,
             memory_source=memory_source(self._device),
-            warmup_rule=TRACED_RULE if self._trace_steps else WARMUP_RULE,
+            warmup_rule=(TRACED_RULE if self._trace_steps else WARMUP_RULE) + (PROFILED_RULE if self._profiled else ""),
             wall_s=self._wall_s,
             startup_s=self._startup_s,
         )
@@ -181,7 +185,8 @@ class Meter(pl.Callback):
 
     def _end_step(self) -> None:
         now = self._clock.mark()
-        if self._mark is not None and self._done > self._measured_from and self._done not in self._left_out:
+        counts = self._done > self._measured_from and self._done not in self._left_out
+        if self._mark is not None and counts and self._done not in self._profiled:
             self._laps.append((self._mark, now))
         self._mark = now
 
