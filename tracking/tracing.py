@@ -60,6 +60,7 @@ class StepTracer(pl.Callback):
         self.run_dir, self.mesh, self.count = run_dir, mesh, count
         self.results: dict[str, Any] = {}
         self.traced: list[TracedStep] = []
+        self.groups: dict[str, tuple[int, ...]] = {}  # ranks by the names of their process groups
         self.census: MemoryCensus | None = None
         self.timer: CollectiveTimer | None = None  # while a step is traced
         self.is_counting = False  # while memory is
@@ -178,6 +179,7 @@ class StepTracer(pl.Callback):
         def at(mark: Any) -> float:
             return self.began_at + self.clock.seconds(self.origin, mark)
 
+        self.groups |= {call.group: call.ranks for call in timer.calls}
         waits = [(at(wait.begin), at(wait.end)) for wait in timer.waits]
         for first, last, backward_end in self.backwards:
             # DDP's reducer waits in C++, behind the last of a backward's collectives, for all of them.
@@ -199,7 +201,6 @@ class StepTracer(pl.Callback):
                     TracedCall(
                         collective=call.collective,
                         group=call.group,
-                        ranks=call.ranks,
                         payload_bytes=call.payload_bytes,
                         called=at(call.called),
                         done=at(end if call.done is None else call.done),
@@ -228,6 +229,7 @@ class StepTracer(pl.Callback):
             moments=moments,
             memory=self.census and self.census.counted(int(peak_gib(device) * 2**30)),
             memory_limit=torch.cuda.get_device_properties(device).total_memory if on_gpu else host_memory(),
+            groups=self.groups,
             steps=self.traced,
         )
         path = trace_path(self.run_dir, trainer.global_rank)
