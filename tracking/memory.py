@@ -115,6 +115,7 @@ class GridBooks:
 
     def __init__(self, module: nn.Module, engine: GridEngine) -> None:
         self.module, self.stepping = module, engine.stepping
+        self.adds_up = engine.steps is not None  # gradients of micro-batches, at once, before any is reduced
         roots = engine.steps.sharded_roots if engine.steps else []
         parts = [*sharded_parts(module), *roots]
         self.groups: list[Any] = list(
@@ -128,7 +129,7 @@ class GridBooks:
 
     @property
     def fresh(self) -> list[Tensor]:
-        return self.gathered
+        return [] if self.adds_up else self.gathered
 
     def parameters(self) -> Tensors:
         gathered = set(map(id, self.gathered))

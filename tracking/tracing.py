@@ -139,6 +139,10 @@ class StepTracer(pl.Callback):
         micro_batch = (self.micro_batch + 1) * self.stages.spec.micro_batches + step.micro
         self.stretches.append(Stretch(WORK[step.kind], begin, self.clock.mark(), micro_batch, step.stage))
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self.census and self.is_counting:
+            self.census.is_reducing = False  # the micro-batch before, of the same step, has reduced nothing
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self.census and self.is_counting:
             self.census.sample()
