@@ -26,6 +26,8 @@ Tensors = Iterable[Tensor | None]
 
 # Operators around which communication buffers come and go.
 WATCHED = {"c10d", "_c10d_functional", "fsdp"}
+# FSDP2's, which makes what is gathered; the group has it only once the collective has been called.
+GATHERS = "fsdp::all_gather_copy_in"
 
 
 class Books(Protocol):
@@ -241,7 +243,8 @@ class MemoryCensus(TorchDispatchMode):
             for tensor in tensors_in([result]):
                 self._made[tensor.untyped_storage()] = None
         if is_watched:
-            self.sample(sent=sent)
+            gathered = list(tensors_in([result])) if func._schema.name == GATHERS else []
+            self.sample(sent=[*sent, *gathered])
         return result
 
     def sample(self, incoming: Sequence[Tensor] = (), sent: Sequence[Tensor] = ()) -> None:
