@@ -204,6 +204,7 @@ class MemoryCensus(TorchDispatchMode):
         self.peaks = {"gradients": 0, "buffers": 0, "activations": 0}
         self.is_reducing = False
         self._made: Any = WeakIdKeyDictionary()  # storages that forwards have made
+        self._gathered: Any = WeakIdKeyDictionary()  # and those that FSDP2 has, of which forwards have views
         self._handles: list[Any] = []
 
     @classmethod
@@ -235,16 +236,19 @@ class MemoryCensus(TorchDispatchMode):
         if FakeTensor in types:
             return func(*args, **(kwargs or {}))
         is_watched = isinstance(func, OpOverload) and func.namespace in WATCHED
+        gathers = is_watched and func._schema.name == GATHERS
         sent = list(tensors_in(args)) if is_watched and self.is_reducing else []
         if is_watched:
             self.sample(sent=sent)
         result = func(*args, **(kwargs or {}))
-        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        if gathers:
+            for tensor in tensors_in([result]):
+                self._gathered[tensor.untyped_storage()] = None
+        elif torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
             for tensor in tensors_in([result]):
                 self._made[tensor.untyped_storage()] = None
         if is_watched:
-            gathered = list(tensors_in([result])) if func._schema.name == GATHERS else []
-            self.sample(sent=[*sent, *gathered])
+            self.sample(sent=[*sent, *tensors_in([result])] if gathers else sent)
         return result
 
     def sample(self, incoming: Sequence[Tensor] = (), sent: Sequence[Tensor] = ()) -> None:
@@ -254,7 +258,7 @@ class MemoryCensus(TorchDispatchMode):
             kept = storages([*self.books.parameters(), *self.books.optimizer()])
             buffers = storages(self.books.buffers())
             buffers |= {at: size for at, size in storages(sent).items() if at not in gradients and at not in kept}
-            made = {storage.data_ptr(): storage.nbytes() for storage in self._made}
+            made = {one.data_ptr(): one.nbytes() for one in self._made if one not in self._gathered}
         known = kept.keys() | gradients.keys() | buffers.keys()
         self.raise_to("buffers", sum(buffers.values()))
         self.raise_to("gradients", sum(size for at, size in gradients.items() if at not in buffers))

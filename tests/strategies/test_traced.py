@@ -122,6 +122,23 @@ def test_each_category_of_memory_is_what_the_spec_says(run: Traced) -> None:
             assert most == pytest.approx(getattr(expected, category), rel=0.02, abs=64), (category, pipe_rank)
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    return traced([*WORDS, "strategy=single"], tmp_path_factory.mktemp("single"))
+
+
+def test_activations_are_those_of_one_process_and_its_samples(run: Traced, one_process: Traced) -> None:
+    """Gathered weights are none: what a Linear keeps for backward is its input alone."""
+    per_sample = one_process.results.memory[0].activations / one_process.workload.micro_batch_size
+    mesh = run.job.mesh.sizes
+    for memory in run.results.memory:
+        share = memory.activations / per_sample / run.workload.micro_batch_size
+        if mesh["pipe"] == mesh["tensor"] == 1:
+            assert share == pytest.approx(1, rel=0.02)
+        else:  # of a stage, or of split matrices, and what goes between them
+            assert 0 < share < 1
+
+
 def test_traffic_is_what_the_spec_says(run: Traced) -> None:
     assert run.job.accumulation == ACCUMULATION
     assert len(run.results.traffic) == run.job.world_size
