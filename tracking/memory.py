@@ -238,13 +238,13 @@ class MemoryCensus(TorchDispatchMode):
         is_watched = isinstance(func, OpOverload) and func.namespace in WATCHED
         gathers = is_watched and func._schema.name == GATHERS
         sent = list(tensors_in(args)) if is_watched and self.is_reducing else []
+        if gathers:
+            for tensor in tensors_in(args):
+                self._gathered[tensor.untyped_storage()] = None
         if is_watched:
             self.sample(sent=sent)
         result = func(*args, **(kwargs or {}))
-        if gathers:
-            for tensor in tensors_in([result]):
-                self._gathered[tensor.untyped_storage()] = None
-        elif torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
             for tensor in tensors_in([result]):
                 self._made[tensor.untyped_storage()] = None
         if is_watched:

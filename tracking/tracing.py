@@ -156,6 +156,7 @@ class StepTracer(pl.Callback):
     ) -> None:
         if self.census and self.is_counting:
             self.census.is_reducing = False
+            self.census.sample()  # of a step that is left out, the optimizer sees no gradient
         if self.timer:
             self.stepping_since = self.clock.mark()
 

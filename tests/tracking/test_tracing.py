@@ -106,7 +106,7 @@ def test_the_last_step_of_a_short_run_is_traced_and_its_lanes_are_there(run: Any
 
 # --- when ---
 
-FORWARD_S, STEPS = 0.03, 6
+FORWARD_S, STEPS = 0.06, 6
 SLOW = 2.0  # times as long takes all on the second rank
 
 
@@ -146,7 +146,7 @@ def test_spans_are_as_long_as_what_is_done_in_them(strategy: str, tmp_path: Path
         for category, seconds in (("forward", forward_s), ("backward", 2 * forward_s)):
             asleep = [event.duration - waited(event, of(trace, rank, "idle")) for event in spans[category]]
             # What else the machine does can only make it longer: the shortest counts.
-            assert 1e-6 * min(asleep) == pytest.approx(seconds, abs=0.015), category
+            assert 1e-6 * min(asleep) == pytest.approx(seconds, abs=0.025), category
 
 
 def waited(event: Event, waits: list[Event]) -> float:
