@@ -20,7 +20,7 @@ demo: setup  ## Train a small GPT on the bundled text under every strategy, and 
 
 test: setup  ## Run the whole test-suite.
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m alone tests/strategies/test_bubble.py
+	@$(BIN)/python -m pytest -m alone tests/strategies/test_bubble.py tests/tracking/test_tracing.py
 
 test-fast: setup  ## Run the tests that take less than 10 s each.
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not matrix and not alone'

@@ -286,8 +286,8 @@ class Zero(Strategy):
             "stage3_prefetch_bucket_size": tuning.prefetch,
             "stage3_max_live_parameters": tuning.live,
             "stage3_max_reuse_distance": 0,  # else nothing is released in a model of fewer elements
-            # Under autocast every Linear would keep its weight in the format of products until backward.
-            "memory_efficient_linear": precision.autocasts,
+            # Else autograd keeps what was gathered of every Linear's weight until backward.
+            "memory_efficient_linear": True,
             "zero_hpz_partition_size": self.plus_plus.secondary_ranks,
             "zero_quantized_weights": self.plus_plus.quantized_weights,
             "zero_quantized_gradients": self.plus_plus.quantized_gradients,

@@ -176,14 +176,15 @@ def sharded_memory(spec: Zero, stats: ModelStats, workload: Workload) -> Memory:
     # A forward that runs again in backward keeps what it gathers, layer by layer, until the block is done.
     gathered = largest_unit(stats, by_block=spec.gathers_blocks or spec.activation_checkpointing != "none")
     offloads = spec.offload.optimizer != "none"
-    # A unit's fresh gradients in backward; in the step, a sub-group's in the master's format.
+    # A unit's fresh gradients in backward; in the step, a sub-group's in the master's format, on the host all of them,
+    # for good.
     fresh = unit * parameter
     step = (owned if offloads else min(owned, tuning.sub_group)) * master
-    gradients = owned * parameter + (step if offloads else max(fresh, step))
+    gradients = owned * parameter + (step + fresh if offloads else max(fresh, step))
     copies = owned * master * (1 + workload.moments)  # a master copy in float32 too
     shards = owned * parameter
     lies_in = {"cpu": 0, "nvme": 0, "none": 0}
-    lies_in[spec.offload.optimizer] += copies + gradients
+    lies_in[spec.offload.optimizer] += copies + gradients - fresh
     lies_in[spec.offload.parameters] += shards
     return Memory(
         parameters=shards + whole * parameter,

@@ -13,6 +13,7 @@ from tracking.comparability import Difference, Doubt, config_differences, doubts
 from tracking.curve import Curve, against, curve_of, mean_curve, reached_by_all, time_to
 from tracking.gantt import Bar, last_step
 from tracking.record import Collective, Memory, RunRecord
+from tracking.shown import shown_ranks
 from tracking.sources import Run
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "buffers", "activations", "other")
@@ -67,6 +68,7 @@ class RunFigures(_Figures):
     step_ms_p50: float | None
     step_ms_p95: float | None
     peak_gib: float | None  # of the rank that held most
+    shown_ranks: list[int]  # those that memory, waiting and the Gantt chart are told of
     peak_gib_by_rank: list[float]
     memory: list[Memory]
     memory_limit: int | None
@@ -265,11 +267,12 @@ def _figures(
     differences = [(abs(d), step) for d, step in zip(curve.difference, curve.steps, strict=True) if d is not None]
     largest = max(differences, default=(None, None), key=lambda pair: pair[0] if pair[0] is not None else -1.0)
     speeds = [row["perf/tokens_per_s"] for row in run.history if "perf/tokens_per_s" in row]
-    bars = last_step(run.trace)
+    shown = _shown(run)
+    bars = last_step(run.trace, shown)
     values: dict[str, Any] = dict.fromkeys(RunFigures.model_fields)
     values |= {"memory": [], "traffic": [], "peak_gib_by_rank": [], "wait_share_by_rank": []}
     if run.record is not None:
-        values |= _measured(run.record, None if reference is None else reference[0].record)
+        values |= _measured(run.record, None if reference is None else reference[0].record, shown)
     traced = [] if run.record is None else run.record.results.traced_steps
     return RunFigures.model_validate(
         values
@@ -286,6 +289,7 @@ def _figures(
             "seconds_to_target": time_to(curve, target),
             "verdict": verdict_of(run, certificates),
             "curve": curve,
+            "shown_ranks": shown,
             "gantt": bars,
             "gantt_step": traced[-1] if traced and bars else None,
             "missing": _missing(run),
@@ -293,7 +297,17 @@ def _figures(
     )
 
 
-def _measured(record: RunRecord, reference: RunRecord | None) -> dict[str, Any]:
+def _shown(run: Run) -> list[int]:
+    if run.record is None:
+        return shown_ranks(1 + max((event.rank for event in run.trace), default=-1))
+    return shown_ranks(run.record.world_size, run.record.results.wait_share, run.record.results.peak_gib)
+
+
+def _of_ranks(values: Sequence[Any], ranks: Sequence[int]) -> list[Any]:
+    return [values[rank] for rank in ranks if rank < len(values)]
+
+
+def _measured(record: RunRecord, reference: RunRecord | None, shown: Sequence[int]) -> dict[str, Any]:
     results, ranks = record.results, record.world_size
     traffic = _mean_traffic(results.traffic)
     speed_up = efficiency = None
@@ -316,14 +330,14 @@ def _measured(record: RunRecord, reference: RunRecord | None) -> dict[str, Any]:
         "step_ms_p50": results.step_ms_p50,
         "step_ms_p95": results.step_ms_p95,
         "peak_gib": max(results.peak_gib, default=None),
-        "peak_gib_by_rank": results.peak_gib,
-        "memory": results.memory,
+        "peak_gib_by_rank": _of_ranks(results.peak_gib, shown),
+        "memory": _of_ranks(results.memory, shown),
         "memory_limit": results.memory_limit,
         "memory_source": results.memory_source,
         "traffic": traffic,
         "sent_bytes": sum(part.payload for part in traffic) if results.traffic else None,
         "wait_share": statistics.fmean(results.wait_share) if results.wait_share else None,
-        "wait_share_by_rank": results.wait_share,
+        "wait_share_by_rank": _of_ranks(results.wait_share, shown),
         "idle_share": statistics.fmean(results.idle_share) if results.idle_share else None,
         "wall_s": results.wall_s,
         "startup_s": results.startup_s,

@@ -9,11 +9,22 @@ from pydantic import BaseModel, ConfigDict
 from tracking.sources import Run
 
 
-class Curve(BaseModel):
-    """Losses by optimizer step; `seconds` adds up step times as they were logged, validation and saving left out."""
-
+class _Losses(BaseModel):
     # JSON has no NaN: a diverged loss is written as the string "NaN".
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Validations(_Losses):
+    """Validation losses by optimizer step; `seconds` is the training time until then."""
+
+    steps: list[int]
+    tokens: list[int | None]
+    seconds: list[float | None]
+    loss: list[float]
+
+
+class Curve(_Losses):
+    """Losses by optimizer step; `seconds` adds up step times as they were logged, validation and saving left out."""
 
     steps: list[int]
     tokens: list[int | None]
@@ -21,6 +32,7 @@ class Curve(BaseModel):
     train_loss: list[float]
     difference: list[float | None]  # from the reference at the same step
     deviation: list[float | None]  # of train_loss over repeats
+    validations: Validations
 
 
 def curve_of(run: Run) -> Curve:
@@ -43,7 +55,31 @@ def curve_of(run: Run) -> Curve:
         train_loss=[row["train/loss"] for row in rows],
         difference=[None] * len(rows),
         deviation=[None] * len(rows),
+        validations=_validations(run, per_step, steps, seconds),
     )
+
+
+def _validations(run: Run, per_step: int | None, steps: Sequence[int], seconds: Sequence[float | None]) -> Validations:
+    rows = [row for row in run.history if "val/loss" in row]
+    places = [int(row["step"]) for row in rows]
+    return Validations(
+        steps=places,
+        tokens=[None if per_step is None else step * per_step for step in places],
+        seconds=[_seconds_at(step, steps, seconds) for step in places],
+        loss=[row["val/loss"] for row in rows],
+    )
+
+
+def _seconds_at(step: int, steps: Sequence[int], seconds: Sequence[float | None]) -> float | None:
+    """Training time until a step, in proportion between those that have been logged."""
+    before, spent = 0, 0.0
+    for logged, second in zip(steps, seconds, strict=True):
+        if second is None:
+            return None
+        if step <= logged:
+            return spent + (second - spent) * (step - before) / (logged - before)
+        before, spent = logged, second
+    return None
 
 
 def against(curve: Curve, reference: Curve | None) -> Curve:
@@ -92,4 +128,17 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
         train_loss=[statistics.fmean(values) for values in losses],
         difference=[mean(at(lambda curve: curve.difference, step)) for step in steps],
         deviation=[statistics.stdev(values) if all(map(math.isfinite, values)) else None for values in losses],
+        validations=_mean_validations([curve.validations for curve in curves]),
+    )
+
+
+def _mean_validations(repeats: Sequence[Validations]) -> Validations:
+    first = repeats[0]
+    losses = [dict(zip(one.steps, one.loss, strict=True)) for one in repeats]
+    shared = [place for place, step in enumerate(first.steps) if all(step in those for those in losses)]
+    return Validations(
+        steps=[first.steps[place] for place in shared],
+        tokens=[first.tokens[place] for place in shared],
+        seconds=[first.seconds[place] for place in shared],
+        loss=[statistics.fmean(those[first.steps[place]] for those in losses) for place in shared],
     )

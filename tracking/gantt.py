@@ -1,11 +1,12 @@
 """One optimizer step of a traced run: who did what when, small enough to be drawn."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from tracking.sources import Event
+from tracking.timeline import joined, length, without
 
 # Parts of a step that a chart 1,000 pixels wide does not show: events that short, and that close, are drawn as one.
 INVISIBLE = 1 / 2000
@@ -26,10 +27,11 @@ class Bar(BaseModel):
     events: int
 
 
-def last_step(trace: Sequence[Event]) -> list[Bar]:
-    """The last step in `trace`, of each rank."""
+def last_step(trace: Sequence[Event], ranks: Collection[int]) -> list[Bar]:
+    """The last step in `trace`, of each of `ranks`."""
     by_rank: dict[int, list[Event]] = defaultdict(list)
-    for event in sorted(trace, key=lambda event: event.start):
+    shown = (event for event in trace if event.rank in ranks)
+    for event in sorted(shown, key=lambda event: event.start):
         by_rank[event.rank].append(event)
     steps = {rank: _steps(events) for rank, events in by_rank.items()}
     count = min((len(parts) for parts in steps.values()), default=0)
@@ -43,6 +45,25 @@ def last_step(trace: Sequence[Event]) -> list[Bar]:
         lanes[event.rank, event.lane, event.category].append(event)
     bars = [bar for lane in lanes.values() for bar in _joined(lane, begin, shortest)]
     return sorted(bars, key=lambda bar: (bar.rank, bar.lane, bar.start_ms))
+
+
+def spent_ms(bars: Iterable[Bar], rank: int, category: str) -> float:
+    """How long a rank was at it; while it waits in the middle of something, it is at nothing but waiting."""
+    own = [bar for bar in bars if bar.rank == rank]
+    spent = _intervals(bar for bar in own if bar.category == category)
+    if category in ("idle", "collective"):
+        return length(spent)
+    return length(without(spent, _intervals(bar for bar in own if bar.category == "idle")))
+
+
+def idle_share(bars: Sequence[Bar], rank: int) -> float:
+    """Part of the step that is drawn in which a rank waited: in a pipeline its bubble."""
+    begin, end = min(bar.start_ms for bar in bars), max(bar.start_ms + bar.duration_ms for bar in bars)
+    return spent_ms(bars, rank, "idle") / (end - begin) if end > begin else 0.0
+
+
+def _intervals(bars: Iterable[Bar]) -> list[tuple[float, float]]:
+    return joined((bar.start_ms, bar.start_ms + bar.duration_ms) for bar in bars)
 
 
 def _steps(events: Iterable[Event]) -> list[list[Event]]:

@@ -26,6 +26,8 @@ Tensors = Iterable[Tensor | None]
 
 # Operators around which communication buffers come and go.
 WATCHED = {"c10d", "_c10d_functional", "fsdp"}
+# FSDP2's, which makes what is gathered; the group has it only once the collective has been called.
+GATHERS = "fsdp::all_gather_copy_in"
 
 
 class Books(Protocol):
@@ -115,6 +117,7 @@ class GridBooks:
 
     def __init__(self, module: nn.Module, engine: GridEngine) -> None:
         self.module, self.stepping = module, engine.stepping
+        self.adds_up = engine.steps is not None  # gradients of micro-batches, at once, before any is reduced
         roots = engine.steps.sharded_roots if engine.steps else []
         parts = [*sharded_parts(module), *roots]
         self.groups: list[Any] = list(
@@ -128,7 +131,7 @@ class GridBooks:
 
     @property
     def fresh(self) -> list[Tensor]:
-        return self.gathered
+        return [] if self.adds_up else self.gathered
 
     def parameters(self) -> Tensors:
         gathered = set(map(id, self.gathered))
@@ -201,6 +204,7 @@ class MemoryCensus(TorchDispatchMode):
         self.peaks = {"gradients": 0, "buffers": 0, "activations": 0}
         self.is_reducing = False
         self._made: Any = WeakIdKeyDictionary()  # storages that forwards have made
+        self._gathered: Any = WeakIdKeyDictionary()  # and those that FSDP2 has, of which forwards have views
         self._handles: list[Any] = []
 
     @classmethod
@@ -232,7 +236,11 @@ class MemoryCensus(TorchDispatchMode):
         if FakeTensor in types:
             return func(*args, **(kwargs or {}))
         is_watched = isinstance(func, OpOverload) and func.namespace in WATCHED
+        gathers = is_watched and func._schema.name == GATHERS
         sent = list(tensors_in(args)) if is_watched and self.is_reducing else []
+        if gathers:
+            for tensor in tensors_in(args):
+                self._gathered[tensor.untyped_storage()] = None
         if is_watched:
             self.sample(sent=sent)
         result = func(*args, **(kwargs or {}))
@@ -240,7 +248,7 @@ class MemoryCensus(TorchDispatchMode):
             for tensor in tensors_in([result]):
                 self._made[tensor.untyped_storage()] = None
         if is_watched:
-            self.sample(sent=sent)
+            self.sample(sent=[*sent, *tensors_in([result])] if gathers else sent)
         return result
 
     def sample(self, incoming: Sequence[Tensor] = (), sent: Sequence[Tensor] = ()) -> None:
@@ -250,7 +258,7 @@ class MemoryCensus(TorchDispatchMode):
             kept = storages([*self.books.parameters(), *self.books.optimizer()])
             buffers = storages(self.books.buffers())
             buffers |= {at: size for at, size in storages(sent).items() if at not in gradients and at not in kept}
-            made = {storage.data_ptr(): storage.nbytes() for storage in self._made}
+            made = {one.data_ptr(): one.nbytes() for one in self._made if one not in self._gathered}
         known = kept.keys() | gradients.keys() | buffers.keys()
         self.raise_to("buffers", sum(buffers.values()))
         self.raise_to("gradients", sum(size for at, size in gradients.items() if at not in buffers))

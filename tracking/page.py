@@ -1,6 +1,6 @@
 """The comparison as one HTML page that needs no network: conclusions, charts, and a table under each."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -10,8 +10,9 @@ from plotly.offline import get_plotlyjs
 
 from tracking.comparison import MEMORY_PARTS, Comparison, RunFigures, Spread
 from tracking.conclusions import conclusions, named
-from tracking.gantt import Bar
+from tracking.gantt import idle_share, spent_ms
 from tracking.report import COMPARED, Column, best_cells, figure_cell
+from tracking.shown import RULE
 
 PARTS = Path(__file__).with_name("page")
 GIB = 2**30
@@ -100,21 +101,32 @@ def _loss(comparison: Comparison) -> str:
         for value, text in kinds
     )
     about = (
-        "Above, the training loss: the mean since the row before. Below, how far it lies from that of the reference at "
-        "the same step. Training time adds up the steps' times; start-up, validation and saving are not in it."
+        "Above, the training loss: the mean since the row before; large open marks are validation losses. Below, how "
+        "far the training loss lies from that of the reference at the same step. Training time adds up the steps' "
+        "times; start-up, validation and saving are not in it."
     )
-    steps = sorted({step for one in comparison.series for step in one.curve.steps})
-    curves = [dict(zip(one.curve.steps, one.curve.train_loss, strict=True)) for one in comparison.series]
-    rows = [[str(step), *(_number(curve.get(step), ".5f") for curve in curves)] for step in steps]
-    figures = _table("Training loss by optimizer step", ["step", *(one.label for one in comparison.series)], rows)
+    curves = [one.curve for one in comparison.series]
     lacking = _lacking(comparison, "losses by step", lambda run: bool(run.curve.steps))
-    if not steps:
+    if not any(curve.steps for curve in curves):
         return lacking
+    labels = [one.label for one in comparison.series]
+    trained = [dict(zip(curve.steps, curve.train_loss, strict=True)) for curve in curves]
+    validated = [dict(zip(curve.validations.steps, curve.validations.loss, strict=True)) for curve in curves]
+    figures = _details(_losses("Training loss by optimizer step", labels, trained))
+    if any(validated):
+        table = _losses("Validation loss by optimizer step", labels, validated)
+        figures += _details(table, "Validation losses as a table")
     return (
         f'<p class="about">{about}</p><fieldset id="across"><legend>Against</legend>{radios}</fieldset>'
-        f"{_chart('loss', 'Line chart: training loss, and its difference to the reference')}{_key('loss')}"
-        f"{lacking}{_details(figures)}"
+        f"{_chart('loss', 'Line chart: training and validation loss, and the difference to the reference')}"
+        f"{_key('loss')}{lacking}{figures}"
     )
+
+
+def _losses(caption: str, labels: Sequence[str], by_step: Sequence[Mapping[int, float]]) -> str:
+    steps = sorted({step for losses in by_step for step in losses})
+    rows = [[str(step), *(_number(losses.get(step), ".5f") for losses in by_step)] for step in steps]
+    return _table(caption, ["step", *labels], rows)
 
 
 def _speed(comparison: Comparison) -> str:
@@ -152,15 +164,15 @@ def _memory(comparison: Comparison) -> str:
         "Of repeats, the first."
     )
     rows = [
-        [run.label, str(rank), *(f"{getattr(held, part) / GIB:.3f}" for part in MEMORY_PARTS), _peak(run, rank)]
+        [run.label, str(rank), *(f"{getattr(held, part) / GIB:.3f}" for part in MEMORY_PARTS), f"{peak:.3f}"]
         for run in comparison.runs
-        for rank, held in enumerate(run.memory)
+        for rank, held, peak in zip(run.shown_ranks, run.memory, run.peak_gib_by_rank, strict=False)
     ]
     rows += [
-        [run.label, str(rank), *["-"] * len(MEMORY_PARTS), _peak(run, rank)]
+        [run.label, str(rank), *["-"] * len(MEMORY_PARTS), f"{peak:.3f}"]
         for run in comparison.runs
         if not run.memory
-        for rank in range(len(run.peak_gib_by_rank))
+        for rank, peak in zip(run.shown_ranks, run.peak_gib_by_rank, strict=False)
     ]
     lacking = _lacking(comparison, "memory by category", lambda run: bool(run.memory))
     if not rows:
@@ -170,12 +182,17 @@ def _memory(comparison: Comparison) -> str:
         f'<p class="about">{about}</p><fieldset><label><input type="checkbox" id="other" checked>'
         f"with what is left, such as the interpreter and its libraries</label></fieldset>{_key('memory')}"
         f"{_chart('memory', 'Stacked bar chart: memory of each rank by category')}"
-        f'<p class="note" id="memory-limit"></p>{lacking}{_details(figures)}'
+        f'<p class="note" id="memory-limit"></p>{_shown(comparison.runs)}{lacking}{_details(figures)}'
     )
 
 
-def _peak(run: RunFigures, rank: int) -> str:
-    return f"{run.peak_gib_by_rank[rank]:.3f}" if rank < len(run.peak_gib_by_rank) else "-"
+def _shown(runs: Sequence[RunFigures]) -> str:
+    """A line on the runs of which not all ranks are shown."""
+    cut = [run for run in runs if run.ranks is not None and len(run.shown_ranks) < run.ranks]
+    if not cut:
+        return ""
+    numbers = [f"{len(run.shown_ranks)} of {run.ranks:,} ranks of {run.label}" for run in cut]
+    return f'<p class="note">Shown are {escape(named(numbers))}: {RULE}.</p>'
 
 
 def _traffic(comparison: Comparison) -> str:
@@ -207,7 +224,7 @@ def _traffic(comparison: Comparison) -> str:
     shares = [[run.label, _number(run.wait_share, ".1%"), _number(run.idle_share, ".1%")] for run in waits]
     return (
         '<p class="about">Per optimizer step, mean over the ranks; of repeats, the first.</p>'
-        f'<div class="panels">{"".join(panels)}</div>{lacking}'
+        f'<div class="panels">{"".join(panels)}</div>{_shown(waits)}{lacking}'
         f"{_details(_table('Traffic of a step, mean of a rank', headings, rows))}"
         f"{_details(_table('Waiting', ['run', 'waits', 'of it, nothing under way'], shares), 'Waiting as a table')}"
     )
@@ -221,11 +238,17 @@ def _step(comparison: Comparison) -> str:
     options = "".join(f'<option value="{place}">{escape(run.label)}</option>' for place, run in traced)
     kinds = list(dict.fromkeys(bar.category for _, run in traced for bar in run.gantt))
     rows = [
-        [run.label, str(rank), *(_busy(run.gantt, rank, kind) for kind in kinds)]
+        [
+            run.label,
+            str(rank),
+            *(f"{spent_ms(run.gantt, rank, kind):,.2f}" for kind in kinds),
+            f"{idle_share(run.gantt, rank):.1%}",
+        ]
         for _, run in traced
         for rank in sorted({bar.rank for bar in run.gantt})
     ]
-    figures = _table("Milliseconds of the step by kind of work", ["run", "rank", *kinds], rows)
+    headings = ["run", "rank", *kinds, "share of the step that it waits"]
+    figures = _table("Milliseconds of the step by kind of work, waits left out of it", headings, rows)
     about = (
         "The last step that was traced, rank by rank, on one clock: the wide lane is what the rank computed, the "
         "narrow one below which collectives were under way. Numbers are micro-batches. trace.json in the run's "
@@ -233,12 +256,9 @@ def _step(comparison: Comparison) -> str:
     )
     return (
         f'<p class="about">{about}</p><p><label for="traced">Run </label><select id="traced">{options}</select></p>'
-        f"{_key('gantt')}{_chart('gantt', 'Gantt chart of one optimizer step by rank')}{lacking}{_details(figures)}"
+        f"{_key('gantt')}{_chart('gantt', 'Gantt chart of one optimizer step by rank')}"
+        f"{_shown([run for _, run in traced])}{lacking}{_details(figures)}"
     )
-
-
-def _busy(bars: Sequence[Bar], rank: int, kind: str) -> str:
-    return f"{sum(bar.duration_ms for bar in bars if bar.rank == rank and bar.category == kind):,.2f}"
 
 
 def _choice(comparison: Comparison) -> str:

@@ -93,10 +93,13 @@ def _loss(comparison: Comparison) -> Figure | None:
         every = max(1, len(curve.steps) // 12)
         look = _style(place) | {"linewidth": width, "markersize": 4, "markevery": every}
         above.plot(curve.steps, curve.train_loss, label=one.label, **look)
+        validated = {"linestyle": "none", "markersize": 7, "markerfacecolor": "none", "markevery": 1}
+        above.plot(curve.validations.steps, curve.validations.loss, **look | validated)
         known = [(step, value) for step, value in zip(curve.steps, curve.difference, strict=True) if value is not None]
         if known:
             below.plot(*zip(*known, strict=True), **look)
-    above.set_ylabel("training loss")
+    has_validations = any(one.curve.validations.steps for _, one in drawn)
+    above.set_ylabel("training loss (open marks: validation)" if has_validations else "training loss")
     below.set_ylabel(f"difference to {comparison.reference}")
     below.set_xlabel("optimizer steps")
     below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
@@ -152,7 +155,8 @@ def _memory(comparison: Comparison) -> Figure | None:
         if not run.memory:
             axis.barh(row, run.peak_gib_by_rank[rank], color="#8a94a0")
             handles.setdefault("peak, not told apart", Patch(color="#8a94a0"))
-    _rows(axis, [f"{label} · {rank}" if rank == 0 else str(rank) for label, _, rank in rows])
+    named = [(label, run.shown_ranks[place]) for label, run, place in rows]
+    _rows(axis, [f"{label} · {rank}" if rank == 0 else str(rank) for label, rank in named])
     limits = {run.memory_limit / GIB for _, run, _ in rows if run.memory_limit}
     for limit in limits:
         if limit <= 3 * axis.get_xlim()[1]:

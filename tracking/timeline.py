@@ -16,7 +16,7 @@ from tracking.record import Collective, Memory
 Axis = Literal["pipe", "data", "tensor", "mixed"]
 AXES: tuple[Literal["pipe", "data", "tensor"], ...] = ("pipe", "data", "tensor")  # ranks are numbered in this order
 Interval = tuple[float, float]  # seconds: begin, end
-COMPUTE, COMMUNICATION = 0, 1  # lanes of trace.json
+COMPUTE, COMMUNICATION = 0, 1  # lanes of trace.json; collectives that overlap have further ones
 # Who waits no longer than this for a collective waits for nothing: it is over already.
 NO_WAIT_S = 0.001
 # A wait that close behind the begin of a forward or backward is for what it needs from elsewhere.
@@ -42,7 +42,6 @@ class TracedCall(_Schema):
 
     collective: str
     group: str
-    ranks: tuple[int, ...]
     payload_bytes: int
     called: float
     done: float
@@ -65,7 +64,7 @@ class RankTrace(_Schema):
     """What one rank has traced.
 
     node: the machine, whose clock all of its ranks share. moments: when this rank left a number of barriers, which all
-    ranks leave at once: so far are clocks apart.
+    ranks leave at once: so far are clocks apart. groups: the ranks of each process group.
     """
 
     rank: int
@@ -73,6 +72,7 @@ class RankTrace(_Schema):
     moments: list[float]
     memory: Memory | None
     memory_limit: int
+    groups: dict[str, tuple[int, ...]]
     steps: list[TracedStep]
 
     @classmethod
@@ -108,25 +108,30 @@ class Timeline:
         self.offsets = offsets(traces)
         self.num_steps = len(traces[0].steps)
         self.under_way: list[list[list[Interval]]] = [  # by step, rank and call
-            self._moving([trace.steps[number] for trace in traces]) for number in range(self.num_steps)
+            self._moving(number) for number in range(self.num_steps)
         ]
 
-    def _moving(self, steps: Sequence[TracedStep]) -> list[list[Interval]]:
-        found: dict[tuple[Any, ...], list[tuple[int, TracedCall]]] = defaultdict(list)
-        keys = [list(names_of(step.calls)) for step in steps]
+    def _moving(self, number: int) -> list[list[Interval]]:
+        steps = [trace.steps[number] for trace in self.traces]
+        keys = [list(names_of(step.calls, trace.groups)) for step, trace in zip(steps, self.traces, strict=True)]
+        begins: dict[tuple[Any, ...], float] = {}
+        received: dict[tuple[Any, ...], tuple[int, TracedCall]] = {}
         for rank, step in enumerate(steps):
             for key, call in zip(keys[rank], step.calls, strict=True):
-                found[key].append((rank, call))
+                called = call.called - self.offsets[rank]
+                begins[key] = max(begins.get(key, called), called)
+                if call.collective == "recv":
+                    received[key] = rank, call
         return [
-            [self._interval(rank, call, found[key]) for key, call in zip(keys[rank], step.calls, strict=True)]
+            [
+                self._interval(begins[key], *(received.get(key, (rank, call)) if is_send(call) else (rank, call)))
+                for key, call in zip(keys[rank], step.calls, strict=True)
+            ]
             for rank, step in enumerate(steps)
         ]
 
-    def _interval(self, rank: int, call: TracedCall, sides: Sequence[tuple[int, TracedCall]]) -> Interval:
-        begin = max(side.called - self.offsets[other] for other, side in sides)
-        for other, side in sides:
-            if call.collective == "send" and side.collective == "recv":
-                rank, call = other, side
+    def _interval(self, begin: float, rank: int, call: TracedCall) -> Interval:
+        """Of a call that all have made since `begin`, and of which this rank knows the end."""
         end = call.done - self.offsets[rank]
         if call.waited_since is not None:
             since = call.waited_since - self.offsets[rank]
@@ -154,8 +159,9 @@ class Timeline:
         kinds: dict[tuple[str, Axis, int], list[tuple[TracedCall, Interval]]] = defaultdict(list)
         for step, moving in self.parts(rank):
             for call, interval in zip(step.calls, moving, strict=True):
-                if len(call.ranks) > 1:
-                    kinds[call.collective, axis_of(call.ranks, self.mesh), len(call.ranks)].append((call, interval))
+                ranks = self.traces[rank].groups[call.group]
+                if len(ranks) > 1:
+                    kinds[call.collective, axis_of(ranks, self.mesh), len(ranks)].append((call, interval))
         return [
             Collective(
                 collective=collective,
@@ -174,20 +180,21 @@ class Timeline:
         for trace in self.traces:
             rank = trace.rank
             yield {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}}
-            for lane, name in ((COMPUTE, "compute"), (COMMUNICATION, "communication")):
+            parts = [part for step, moving in self.parts(rank) for part in self._stretches(rank, step, moving)]
+            for lane in range(1 + max((part[0] for part in parts), default=COMMUNICATION)):
+                name = "compute" if lane == COMPUTE else f"communication {lane}"
                 yield {"ph": "M", "pid": rank, "tid": lane, "name": "thread_name", "args": {"name": name}}
-            for step, moving in self.parts(rank):
-                for lane, category, name, (begin, end), arguments in self._stretches(rank, step, moving):
-                    yield {
-                        "ph": "X",
-                        "pid": rank,
-                        "tid": lane,
-                        "cat": category,
-                        "name": name,
-                        "ts": round(1e6 * (begin - start), 3),
-                        "dur": round(1e6 * max(0.0, end - begin), 3),
-                        "args": arguments,
-                    }
+            for lane, category, name, (begin, end), arguments in parts:
+                yield {
+                    "ph": "X",
+                    "pid": rank,
+                    "tid": lane,
+                    "cat": category,
+                    "name": name,
+                    "ts": round(1e6 * (begin - start), 3),
+                    "dur": round(1e6 * max(0.0, end - begin), 3),
+                    "args": arguments,
+                }
 
     def _stretches(
         self, rank: int, step: TracedStep, moving: Sequence[Interval]
@@ -201,10 +208,14 @@ class Timeline:
             yield COMPUTE, span.category, span.category, (begin - shift, span.end - shift), arguments
         for begin, end in waits:
             yield COMPUTE, "idle", "wait", (begin - shift, end - shift), {}
-        for call, interval in zip(step.calls, moving, strict=True):
-            if len(call.ranks) > 1:
-                sent = {"bytes": call.payload_bytes, "axis": axis_of(call.ranks, self.mesh)}
-                yield COMMUNICATION, "collective", call.collective, interval, sent
+        taken_until: list[float] = []  # by lane of communication
+        for interval, call in sorted(zip(moving, step.calls, strict=True), key=lambda pair: pair[0]):
+            ranks = self.traces[rank].groups[call.group]
+            if len(ranks) > 1:
+                sent = {"bytes": call.payload_bytes, "axis": axis_of(ranks, self.mesh)}
+                lane = next((lane for lane, end in enumerate(taken_until) if end <= interval[0]), len(taken_until))
+                taken_until[lane:] = [interval[1], *taken_until[lane + 1 :]]
+                yield COMMUNICATION + lane, "collective", call.collective, interval, sent
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps({"traceEvents": list(self.events()), "displayTimeUnit": "ms"}))
@@ -223,11 +234,15 @@ class Timeline:
         }
 
 
-def names_of(calls: Iterable[TracedCall]) -> Iterator[tuple[Any, ...]]:
+def is_send(call: TracedCall) -> bool:
+    return call.collective == "send"
+
+
+def names_of(calls: Iterable[TracedCall], groups: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Any, ...]]:
     """What a call is named by all of its ranks: the how-manieth of its group, or between two of them with one tag."""
     counts: dict[tuple[Any, ...], int] = defaultdict(int)
     for call in calls:
-        name = (call.group, call.ranks, call.peer)
+        name = (call.group, groups[call.group][:1], call.peer)
         yield (*name, counts[name])
         counts[name] += 1
 

@@ -60,6 +60,7 @@ class StepTracer(pl.Callback):
         self.run_dir, self.mesh, self.count = run_dir, mesh, count
         self.results: dict[str, Any] = {}
         self.traced: list[TracedStep] = []
+        self.groups: dict[str, tuple[int, ...]] = {}  # ranks by the names of their process groups
         self.census: MemoryCensus | None = None
         self.timer: CollectiveTimer | None = None  # while a step is traced
         self.is_counting = False  # while memory is
@@ -138,6 +139,10 @@ class StepTracer(pl.Callback):
         micro_batch = (self.micro_batch + 1) * self.stages.spec.micro_batches + step.micro
         self.stretches.append(Stretch(WORK[step.kind], begin, self.clock.mark(), micro_batch, step.stage))
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self.census and self.is_counting:
+            self.census.is_reducing = False  # the micro-batch before, of the same step, has reduced nothing
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self.census and self.is_counting:
             self.census.sample()
@@ -151,6 +156,7 @@ class StepTracer(pl.Callback):
     ) -> None:
         if self.census and self.is_counting:
             self.census.is_reducing = False
+            self.census.sample()  # of a step that is left out, the optimizer sees no gradient
         if self.timer:
             self.stepping_since = self.clock.mark()
 
@@ -178,6 +184,7 @@ class StepTracer(pl.Callback):
         def at(mark: Any) -> float:
             return self.began_at + self.clock.seconds(self.origin, mark)
 
+        self.groups |= {call.group: call.ranks for call in timer.calls}
         waits = [(at(wait.begin), at(wait.end)) for wait in timer.waits]
         for first, last, backward_end in self.backwards:
             # DDP's reducer waits in C++, behind the last of a backward's collectives, for all of them.
@@ -199,7 +206,6 @@ class StepTracer(pl.Callback):
                     TracedCall(
                         collective=call.collective,
                         group=call.group,
-                        ranks=call.ranks,
                         payload_bytes=call.payload_bytes,
                         called=at(call.called),
                         done=at(end if call.done is None else call.done),
@@ -228,6 +234,7 @@ class StepTracer(pl.Callback):
             moments=moments,
             memory=self.census and self.census.counted(int(peak_gib(device) * 2**30)),
             memory_limit=torch.cuda.get_device_properties(device).total_memory if on_gpu else host_memory(),
+            groups=self.groups,
             steps=self.traced,
         )
         path = trace_path(self.run_dir, trainer.global_rank)

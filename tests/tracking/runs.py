@@ -18,6 +18,7 @@ def run(
     ranks: int = 1,
     peak_gib: float = 1.0,
     losses: Sequence[float] = (4.0, 3.0, 2.0),
+    val_losses: Sequence[float] = (),
     step_ms: float = 100.0,
     seed: int = 1,
     config: dict[str, Any] | None = None,
@@ -30,6 +31,8 @@ def run(
         {"step": float(step), "train/loss": loss, "perf/step_ms": step_ms}
         for step, loss in zip(STEPS, losses, strict=False)
     ]
+    for row, loss in zip(rows, val_losses, strict=False):
+        row["val/loss"] = loss
     reached = results(
         **{"steps": 30, "train_loss": losses[-1], "tokens_per_s": tokens_per_s, "step_ms_p50": step_ms}
         | {"peak_gib": [peak_gib] * ranks}
@@ -69,8 +72,8 @@ def measured(ranks: int = 2) -> dict[str, Any]:
         "memory": [held] * ranks,
         "memory_limit": 8 * GIB,
         "traffic": [sent] * ranks,
-        "wait_share": [0.1, 0.3][:ranks],
-        "idle_share": [0.0, 0.1][:ranks],
+        "wait_share": ([0.1, 0.3] * ranks)[:ranks],
+        "idle_share": ([0.0, 0.1] * ranks)[:ranks],
         "traced_steps": [29, 30],
     }
 

@@ -1,6 +1,7 @@
 """A comparison's figures are those of its runs, and its sentences are chosen by the figures."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from tests.tracking.runs import GIB, failed, measured, run, trace
 from tracking.certified import Verdict, subject_of
 from tracking.comparison import Comparison, RunFigures, Series, compare_runs
 from tracking.conclusions import conclusions
+from tracking.gantt import Bar, idle_share, spent_ms
 from tracking.record import Environment, Precision
+from tracking.shown import MOST_RANKS, shown_ranks
 from tracking.sources import Run
 
 
@@ -61,6 +64,17 @@ def test_rows_of_the_warm_up_take_the_median_step_s_time() -> None:
     del warm.history[0]["perf/step_ms"]
     warm.history[1]["perf/step_ms"] = 100.0
     assert figures(compare_runs([warm]), "single").curve.seconds == pytest.approx([2.0, 3.0, 5.0])
+
+
+def test_validation_losses_stand_beside_those_of_training() -> None:
+    made = run("single", step_ms=200.0, val_losses=(4.5, 3.5))
+    made.history.insert(1, {"step": 15.0, "val/loss": 4.0})
+    validations = figures(compare_runs([made]), "single").curve.validations
+    assert (validations.steps, validations.loss) == ([10, 15, 20], [4.5, 4.0, 3.5])
+    assert validations.tokens[1] == 15 * 16 * 64 and validations.seconds == pytest.approx([2.0, 3.0, 4.0])
+    repeats = [run("ddp", seed=seed, val_losses=(4.5, loss)) for seed, loss in ((1, 3.0), (2, 4.0))]
+    mean = series(compare_runs(repeats), "ddp").curve.validations
+    assert (mean.steps, mean.loss) == ([10, 20], [4.5, 3.5])
 
 
 def test_the_target_is_the_lowest_loss_that_all_have_reached() -> None:
@@ -199,6 +213,41 @@ def test_the_gantt_is_the_last_step_of_the_trace() -> None:
         (1, "optimizer", 30.1, 7.0),
         (1, "collective", 15.1, 10.0),
     ]
+
+
+def test_time_in_which_a_rank_waits_is_not_time_at_work() -> None:
+    def bar(category: str, start_ms: float, duration_ms: float, rank: int = 0) -> Bar:
+        lane = int(category == "collective")
+        kind = {"lane": lane, "category": category, "name": category, "micro_batch": None, "events": 1}
+        return Bar.model_validate({"rank": rank, "start_ms": start_ms, "duration_ms": duration_ms} | kind)
+
+    bars = [
+        bar("forward", 0, 10),
+        bar("idle", 4, 2),
+        bar("collective", 4, 3),
+        bar("backward", 10, 20),
+        bar("idle", 30, 2),
+    ]
+    bars.append(bar("backward", 0, 40, rank=1))
+    assert [spent_ms(bars, 0, kind) for kind in ("forward", "backward", "idle", "collective")] == [8, 20, 4, 3]
+    assert (idle_share(bars, 0), idle_share(bars, 1)) == (0.1, 0)
+
+
+@pytest.mark.parametrize("ranks", [64, 512])
+def test_of_many_ranks_some_are_shown(ranks: int) -> None:
+    waits, held = [0.5] * ranks, [1.0] * ranks
+    waits[37], held[41] = 0.1, 1.5
+    found = measured(ranks) | {"wait_share": waits, "peak_gib": held}
+    zero = figures(compare_runs([run("zero3", ranks=ranks, found=found, trace=trace(ranks))]), "zero3")
+    shown = zero.shown_ranks
+    assert {0, 37, 41, ranks - 1} <= set(shown) and len(shown) == MOST_RANKS
+    others = [rank for rank in shown if rank not in (37, 41)]
+    assert {round(after - before) for before, after in pairwise(others)} <= {(ranks - 1) // 13, (ranks - 1) // 13 + 1}
+    assert sorted({bar.rank for bar in zero.gantt}) == shown
+    assert len(zero.memory) == len(zero.wait_share_by_rank) == MOST_RANKS
+    assert zero.wait_share_by_rank[shown.index(37)] == 0.1 and zero.peak_gib_by_rank[shown.index(41)] == 1.5
+    assert zero.peak_gib == 1.5 and zero.wait_share == pytest.approx(0.5, abs=0.01)
+    assert shown_ranks(MOST_RANKS) == list(range(MOST_RANKS))
 
 
 def test_a_run_says_what_it_lacks() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plotly.offline import get_plotlyjs
 
 from tests.tracking.browser import Tab, find, tab
 from tests.tracking.runs import failed, measured, run, trace
@@ -28,6 +29,7 @@ def many() -> list[Run]:
     ]
     two: dict[str, Any] = {"ranks": 2, "found": measured(), "trace": trace()}
     repeated = [run("2d", seed=seed, tokens_per_s=1400.0 + 100 * seed, **two) for seed in (1, 2)]
+    new[0] = run("single", val_losses=(4.1, 3.1, 2.1))
     return [*new, run("3d", losses=(4.0, 3.1, float("nan")), **two), *repeated, failed("model_parallel")]
 
 
@@ -78,6 +80,24 @@ def test_the_tables_have_the_figures_too() -> None:
     html = page(compare_runs([run("single"), run("ddp", tokens_per_s=1600, ranks=2, found=measured(), trace=trace())]))
     for text in ("1,600", "1.60", "80%", "6.0000", "all-reduce", "2.000", "20.0%", "10.00"):
         assert f">{text}<" in html or f"</span>{text}<" in html, text
+
+
+def test_validation_losses_have_a_table() -> None:
+    html = page(compare_runs([run("single", val_losses=(4.125,)), run("ddp")]))
+    assert "Validation loss by optimizer step" in html and ">4.12500<" in html
+    assert "Validation loss by optimizer step" not in page(compare_runs([run("single")]))
+
+
+@pytest.mark.parametrize("ranks", [64, 512])
+def test_a_run_of_many_ranks_makes_a_page_no_larger_than_one_of_few(ranks: int) -> None:
+    def of(count: int) -> str:
+        return page(compare_runs([run("zero3", ranks=count, found=measured(count), trace=trace(count))]))
+
+    few, many = of(16), of(ranks)
+    drawing = len(get_plotlyjs())
+    assert len(many) - drawing < 1.05 * (len(few) - drawing)
+    assert many.count(f"Shown are 16 of {ranks} ranks of zero3: the first and the last") == 3
+    assert "Shown are" not in few
 
 
 def test_names_are_text_and_no_markup() -> None:
@@ -178,8 +198,9 @@ def test_the_charts_draw_the_figures(browser: Tab, written: tuple[Path, Comparis
     assert drawn == pytest.approx(timed[::-1])
     curves = browser.evaluate("document.getElementById('loss-chart').data.filter(t => !t.yaxis).map(t => [t.x, t.y])")
     with_losses = [one.curve for one in comparison.series if one.curve.steps]
-    assert [x for x, _ in curves] == [curve.steps for curve in with_losses]
-    assert [y[:2] for _, y in curves] == [curve.train_loss[:2] for curve in with_losses]
+    assert [x for x, _ in curves[::2]] == [curve.steps for curve in with_losses]
+    assert [y[:2] for _, y in curves[::2]] == [curve.train_loss[:2] for curve in with_losses]
+    assert curves[1] == [[10, 20, 30], [4.1, 3.1, 2.1]]  # single's validations
     parts = browser.evaluate("document.getElementById('memory-chart').data.map(t => [t.name, t.x[0]])")
     assert ["optimizer", 2.0] in parts and ["activations", 0.25] in parts
 
@@ -194,7 +215,7 @@ def test_the_keyboard_reaches_everything(browser: Tab, written: tuple[Path, Comp
     before = browser.evaluate(count)
     browser.evaluate("document.querySelector('#shown input').focus()")
     browser.press(" ", 32)
-    assert browser.evaluate(count) == before - 2  # its loss and its difference
+    assert browser.evaluate(count) == before - 3  # its loss, its difference and its validation loss
     browser.evaluate("document.querySelector('#across input:checked').focus()")
     browser.press("ArrowDown", 40)
     assert browser.evaluate("document.getElementById('loss-chart').layout.xaxis.title.text") == "tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from tests.harness import run_ranks
 from tests.strategies.test_bubble import Clock, Setting, SleepingBlocks
 from tests.strategies.test_zero_bytes import ODD, stats_of
 from tests.tracking.test_meter import Slow, fit
+from tracking.comparison import compare_runs
+from tracking.gantt import idle_share
 from tracking.record import Results, RunRecord
-from tracking.sources import Event, read_trace
+from tracking.sources import Event, read_run, read_trace
 from tracking.tracing import StepTracer
 
 
@@ -104,7 +106,7 @@ def test_the_last_step_of_a_short_run_is_traced_and_its_lanes_are_there(run: Any
 
 # --- when ---
 
-FORWARD_S, STEPS = 0.03, 6
+FORWARD_S, STEPS = 0.06, 6
 SLOW = 2.0  # times as long takes all on the second rank
 
 
@@ -144,7 +146,7 @@ def test_spans_are_as_long_as_what_is_done_in_them(strategy: str, tmp_path: Path
         for category, seconds in (("forward", forward_s), ("backward", 2 * forward_s)):
             asleep = [event.duration - waited(event, of(trace, rank, "idle")) for event in spans[category]]
             # What else the machine does can only make it longer: the shortest counts.
-            assert 1e-6 * min(asleep) == pytest.approx(seconds, abs=0.015), category
+            assert 1e-6 * min(asleep) == pytest.approx(seconds, abs=0.025), category
 
 
 def waited(event: Event, waits: list[Event]) -> float:
@@ -167,10 +169,15 @@ def test_a_rank_that_waits_for_a_slower_one_is_idle_as_long(strategy: str, tmp_p
     assert results.idle_share[1] < 0.05
 
 
+SETTINGS = [
+    Setting(schedule="1f1b", ranks=2, micro_batches=1),
+    *(Setting(schedule=schedule, ranks=2, micro_batches=4) for schedule in ("1f1b", "gpipe", "interleaved_1f1b")),
+]
+
+
 @pytest.mark.alone
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_a_pipelines_idle_share_is_its_bubble(micro_batches: int, tmp_path: Path) -> None:
-    setting = Setting(schedule="1f1b", ranks=2, micro_batches=micro_batches)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_a_pipelines_idle_share_is_its_bubble(setting: Setting, tmp_path: Path) -> None:
     words = [word for word in setting.overrides if not word.startswith("evidence")]
     job, results, trace = traced_run([*words, "trainer.max_steps=6"], tmp_path)
     ends = json.loads((tmp_path / "ends.json").read_text())
@@ -178,16 +185,18 @@ def test_a_pipelines_idle_share_is_its_bubble(micro_batches: int, tmp_path: Path
     traced_s = sum(laps[step - 1] for step in results.traced_steps)
     measured = 1 - setting.work_s * len(results.traced_steps) / traced_s
     assert isinstance(job.strategy, Grid)
-    for share in results.idle_share:
-        assert share == pytest.approx(job.strategy.bubble(), abs=0.05)
-        assert (
-            measured - 0.1 < share < measured + 0.02
-        )  # what else a step takes, such as Lightning's work, is no idling
+    gantt = compare_runs([read_run(tmp_path)]).runs[0].gantt
+    drawn = [idle_share(gantt, rank) for rank in range(2)]
+    for share in (*results.idle_share, *drawn):
+        assert share == pytest.approx(job.strategy.bubble(), abs=0.04)
+        # What else a step takes, such as Lightning's work, is no idling.
+        assert measured - 0.1 < share < measured + 0.02
     for rank in range(2):
         for category in ("forward", "backward"):
             events = of(trace, rank, category)
-            assert [event.details["micro_batch"] for event in events] == 2 * list(range(micro_batches))
-            assert {event.details["stage"] for event in events} == {rank}
+            done = [(event.details["stage"], event.details["micro_batch"]) for event in events]
+            stages = range(rank, 2 * setting.rank_stages, 2)
+            assert sorted(done) == sorted(2 * list(product(stages, range(setting.micro_batches))))
             seconds = setting.block_s * (1 if category == "forward" else 2)
             assert all(1e-6 * event.duration == pytest.approx(seconds, rel=0.25) for event in events)
 

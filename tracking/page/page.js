@@ -114,13 +114,19 @@ function drawLoss() {
         ...common, y: one.curve.difference.map(number), yaxis: "y2",
         hovertemplate: "%{fullData.name}<br>%{x:,.6~g}: difference %{y:.2e}<extra></extra>",
       },
+      {
+        type: "scatter", mode: "markers", name: `${plain(one.label)}, validation`,
+        x: one.curve.validations[across], y: one.curve.validations.loss.map(number),
+        marker: { color: ink, symbol: symbol.replace(/(-open)?$/, "-open"), size: 13, line: { width: 2 } },
+        hovertemplate: "%{fullData.name}<br>%{x:,.6~g}: loss %{y:.5f}<extra></extra>",
+      },
     ];
   });
   draw("loss-chart", traces, {
     height: narrow() ? 520 : 560,
     margin: { l: 70, r: 16, t: 28, b: 50 },
     xaxis: axis({ title: titles[across], anchor: "y2", tickformat: across === "tokens" ? "~s" : "" }),
-    yaxis: axis({ title: "training loss", domain: [0.42, 1] }),
+    yaxis: axis({ title: "loss", domain: [0.42, 1] }),
     yaxis2: axis({ title: `difference to ${plain(reference)}`, domain: [0, 0.33], exponentformat: "e", tickformat: ".0e" }),
   });
   seriesKey("loss-key", list);
@@ -198,7 +204,7 @@ function drawMemory() {
   shown().forEach((one) => {
     const run = first(one);
     const ranks = run.memory.length || run.peak_gib_by_rank.length;
-    for (let rank = 0; rank < ranks; rank += 1) rows.push({ run, rank, label: one.label, head: rank === 0 });
+    for (let i = 0; i < ranks; i += 1) rows.push({ run, i, rank: run.shown_ranks[i], label: one.label, head: i === 0 });
   });
   // A gap between runs, the first on top.
   let place = 0;
@@ -216,11 +222,11 @@ function drawMemory() {
   });
   const known = rows.filter((row) => row.run.memory.length);
   const unknown = rows.filter((row) => !row.run.memory.length && at("other").checked);
-  const traces = parts.map((part) => bar(known, (row) => row.run.memory[row.rank][part] / GIB, MEMORY[part], part));
+  const traces = parts.map((part) => bar(known, (row) => row.run.memory[row.i][part] / GIB, MEMORY[part], part));
   const whole = ["#8a94a0", "."];
-  if (unknown.length) traces.push(bar(unknown, (row) => row.run.peak_gib_by_rank[row.rank], whole, "peak, not told apart"));
+  if (unknown.length) traces.push(bar(unknown, (row) => row.run.peak_gib_by_rank[row.i], whole, "peak, not told apart"));
   const total = (row) => (row.run.memory.length
-    ? parts.reduce((sum, part) => sum + row.run.memory[row.rank][part], 0) / GIB : row.run.peak_gib_by_rank[row.rank]);
+    ? parts.reduce((sum, part) => sum + row.run.memory[row.i][part], 0) / GIB : row.run.peak_gib_by_rank[row.i]);
   const most = Math.max(0, ...known.map(total), ...unknown.map(total));
   const limits = [...new Set(rows.map((row) => row.run.memory_limit).filter((limit) => limit))].map((limit) => limit / GIB);
   // A limit far beyond all bars would leave nothing of them to see: it is named instead.
@@ -230,7 +236,7 @@ function drawMemory() {
     barmode: "stack", height: 17 * place + 96, margin: { l: 60, r: 16, t: 34, b: 44 }, dragmode: false,
     xaxis: axis({ title: "GiB", range: [0, 1.06 * Math.max(most, ...lines) || 1], fixedrange: true }),
     yaxis: axis({
-      tickvals: rows.map((row) => row.y), ticktext: rows.map((row) => (row.head ? `${plain(row.label)} · 0` : row.rank)),
+      tickvals: rows.map((row) => row.y), ticktext: rows.map((row) => (row.head ? `${plain(row.label)} · ${row.rank}` : row.rank)),
       ticks: "", fixedrange: true, showgrid: false, zeroline: false, tickfont: { size: 12 },
     }),
     shapes: lines.map((limit) => ({
