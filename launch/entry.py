@@ -20,7 +20,7 @@ from launch.schema import AUTO, ConfigError
 from launch.search import found_best
 from launch.signals import TerminatedError, end_on_signals
 from launch.sweep import SweepTable, print_sweep
-from tracking.curve import curve_of, time_to
+from tracking.curve import losses_of, time_to
 from tracking.report import print_runs
 from tracking.sources import Run, read_run
 from tracking.status import RunStatus, read_status
@@ -91,10 +91,10 @@ def objective(run: Run, name: str, loss: float | None) -> float:
     """What a sweeper minimises of a run that completed; ValueError if the run does not have it."""
     assert run.record is not None
     if name == "time_to_loss":
-        curve = curve_of(run)
-        seconds = time_to(curve, loss)
+        losses = losses_of(run)
+        seconds = time_to(losses, loss)
         if seconds is None:
-            lowest = min(curve.train_loss, default=math.nan)
+            lowest = min(losses.train.values, default=math.nan)
             raise ValueError(f"objective.loss={loss} was not reached (lowest training loss: {lowest:.4g})")
         return seconds
     results = run.record.results

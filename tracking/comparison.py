@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tracking.certified import Verdict, verdict_on
 from tracking.comparability import Difference, Doubt, config_differences, doubts, repeat_key
-from tracking.curve import Curve, against, curve_of, mean_curve, reached_by_all, time_to
+from tracking.curve import Curve, Losses, differences, losses_of, mean_curve, reached_by_all, time_to
 from tracking.gantt import Bar, last_step
 from tracking.record import Collective, Memory, RunRecord
 from tracking.shown import shown_ranks
@@ -59,6 +59,8 @@ class RunFigures(_Figures):
     val_loss: float | None
     loss_difference: float | None  # largest from the reference, of the steps that both logged
     loss_difference_step: int | None
+    loss_digits: int | None  # to which its losses are the reference's, at the step where fewest are
+    diverged: bool  # a loss is no number
     tokens_per_s: float | None
     tokens_per_s_deviation: float | None  # over its logged rows
     tokens_per_s_per_device: float | None
@@ -110,6 +112,11 @@ class Comparison(_Figures):
     differences: list[Difference]
 
 
+# Points of a curve that are drawn. All runs' curves share the last, so that a page of hundreds of runs still opens.
+FEWEST_POINTS, MOST_POINTS, POINTS_IN_ALL = 50, 1000, 40_000
+
+FLOAT64_DIGITS = 17
+
 SPREADS = (
     "tokens_per_s",
     "tokens_per_s_per_device",
@@ -135,19 +142,23 @@ def compare_runs(
     groups = _groups(runs)
     labels = _labels(runs, groups)
     reference = _reference(runs, groups)
-    curves = [curve_of(run) for run in runs]
-    target = target_loss if target_loss is not None else reached_by_all(curves)
-    figures = []
+    losses = [losses_of(run) for run in runs]
+    target = target_loss if target_loss is not None else reached_by_all(losses)
+    most = max(FEWEST_POINTS, min(MOST_POINTS, POINTS_IN_ALL // max(len(runs), 1)))
+    figures: list[RunFigures] = []
+    series = []
     for group, label in zip(groups, labels, strict=True):
+        apart = []
+        places = range(len(figures), len(figures) + len(group))
         for index, named in zip(group, _members(label, [runs[index] for index in group]), strict=True):
             partner = _partner(runs, index, reference)
-            other = None if partner is None else (runs[partner], curves[partner])
-            figures.append(_figures(runs[index], named, curves[index], other, target, certificates))
-    places = [index for group in groups for index in group]
-    series = [
-        _series(label, [places.index(index) for index in group], figures)
-        for group, label in zip(groups, labels, strict=True)
-    ]
+            other = None if partner is None else (runs[partner], losses[partner])
+            apart.append(differences(losses[index], None if other is None else other[1]))
+            curve = mean_curve([losses[index]], apart[-1:], most=most)
+            found = _losses(losses[index], apart[-1], target)
+            figures.append(_figures(runs[index], named, curve, found, other and other[0], certificates))
+        curve = mean_curve([losses[index] for index in group], apart, most=most)
+        series.append(_series(label, list(places), figures, curve))
     return Comparison(
         reference=None if reference is None else labels[groups.index(reference)],
         target_loss=target,
@@ -259,23 +270,21 @@ def _figures(
     run: Run,
     label: str,
     curve: Curve,
-    reference: tuple[Run, Curve] | None,
-    target: float | None,
+    losses: dict[str, Any],
+    reference: Run | None,
     certificates: Sequence[Verdict],
 ) -> RunFigures:
-    curve = against(curve, None if reference is None else reference[1])
-    differences = [(abs(d), step) for d, step in zip(curve.difference, curve.steps, strict=True) if d is not None]
-    largest = max(differences, default=(None, None), key=lambda pair: pair[0] if pair[0] is not None else -1.0)
-    speeds = [row["perf/tokens_per_s"] for row in run.history if "perf/tokens_per_s" in row]
+    speeds = run.history["perf/tokens_per_s"].values if "perf/tokens_per_s" in run.history else []
     shown = _shown(run)
     bars = last_step(run.trace, shown)
     values: dict[str, Any] = dict.fromkeys(RunFigures.model_fields)
     values |= {"memory": [], "traffic": [], "peak_gib_by_rank": [], "wait_share_by_rank": []}
     if run.record is not None:
-        values |= _measured(run.record, None if reference is None else reference[0].record, shown)
+        values |= _measured(run.record, None if reference is None else reference.record, shown)
     traced = [] if run.record is None else run.record.results.traced_steps
     return RunFigures.model_validate(
         values
+        | losses
         | {
             "label": label,
             "name": run.name,
@@ -283,10 +292,7 @@ def _figures(
             "strategy": run.strategy,
             "state": run.state,
             "error": run.error,
-            "loss_difference": largest[0],
-            "loss_difference_step": largest[1],
             "tokens_per_s_deviation": statistics.stdev(speeds) if len(speeds) > 1 else None,
-            "seconds_to_target": time_to(curve, target),
             "verdict": verdict_of(run, certificates),
             "curve": curve,
             "shown_ranks": shown,
@@ -295,6 +301,33 @@ def _figures(
             "missing": _missing(run),
         }
     )
+
+
+def _losses(losses: Losses, apart: Sequence[float | None], target: float | None) -> dict[str, Any]:
+    """Figures of all losses that were logged, more than are drawn."""
+    train = losses.train
+    known = [(abs(d), step) for d, step in zip(apart, train.steps, strict=True) if d is not None]
+    largest = max(known, default=(None, None), key=lambda pair: pair[0])
+    return {
+        "loss_difference": largest[0],
+        "loss_difference_step": largest[1],
+        "loss_digits": _digits(train.values, apart),
+        "diverged": not all(map(math.isfinite, train.values)),
+        "seconds_to_target": time_to(losses, target),
+    }
+
+
+def _digits(losses: Sequence[float], apart: Sequence[float | None]) -> int | None:
+    """Digits to which the losses are the reference's; None where that has none at the same steps."""
+    shares = [
+        abs(difference) / abs(loss - difference)
+        for difference, loss in zip(apart, losses, strict=True)
+        if difference is not None and math.isfinite(difference) and loss != difference
+    ]
+    if not shares:
+        return None
+    largest = max(shares)
+    return FLOAT64_DIGITS if largest == 0 else max(0, math.floor(-math.log10(largest)))
 
 
 def _shown(run: Run) -> list[int]:
@@ -405,7 +438,7 @@ def _missing(run: Run) -> list[str]:
     return lacks + [text for value, text in checks if not value]
 
 
-def _series(label: str, places: list[int], figures: Sequence[RunFigures]) -> Series:
+def _series(label: str, places: list[int], figures: Sequence[RunFigures], curve: Curve) -> Series:
     members = [figures[place] for place in places]
     spreads = {name: spread for name in SPREADS if (spread := _spread(members, name)) is not None}
     return Series(
@@ -413,7 +446,7 @@ def _series(label: str, places: list[int], figures: Sequence[RunFigures]) -> Ser
         runs=places,
         ranks=members[0].ranks,
         spreads=spreads,
-        curve=mean_curve([run.curve for run in members]),
+        curve=curve,
         on_front=False,
     )
 

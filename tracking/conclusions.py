@@ -1,6 +1,5 @@
 """What a comparison's figures say, in plain sentences."""
 
-import math
 from collections.abc import Sequence
 
 from tracking.comparison import Comparison, RunFigures, Series, Spread, differ
@@ -117,7 +116,7 @@ def _waiting(comparison: Comparison) -> list[str]:
 
 def _losses(comparison: Comparison) -> list[str]:
     sentences = []
-    diverged = [run for run in comparison.runs if not all(map(math.isfinite, run.curve.train_loss))]
+    diverged = [run for run in comparison.runs if run.diverged]
     if diverged:
         sentences.append(f"The loss of {_whose(comparison, diverged)} is no number at some steps.")
     others = [run for run in comparison.runs if run.loss_difference is not None and not _is_reference(comparison, run)]
@@ -147,7 +146,8 @@ def _series_of(comparison: Comparison, run: RunFigures) -> Series:
 
 
 def _agreement(comparison: Comparison, others: Sequence[RunFigures]) -> str:
-    apart = [run for run in others if digits(run) < AGREED_DIGITS]
+    digits = [run.loss_digits or 0 for run in others]
+    apart = [run for run, own in zip(others, digits, strict=True) if own < AGREED_DIGITS]
     worst = max(apart or others, key=lambda run: run.loss_difference or 0.0)
     where = f"{worst.loss_difference:.1e}, {worst.label} at step {worst.loss_difference_step}"
     if not worst.loss_difference:
@@ -157,20 +157,9 @@ def _agreement(comparison: Comparison, others: Sequence[RunFigures]) -> str:
         whose = _whose(comparison, apart)
         return f"Training losses differ from {comparison.reference}'s in {whose} (most: {where}){noise}."
     return (
-        f"Training losses agree with {comparison.reference}'s to {min(map(digits, others))} digits at every logged "
+        f"Training losses agree with {comparison.reference}'s to {min(digits)} digits at every logged "
         f"step (largest difference: {where})."
     )
-
-
-def digits(run: RunFigures) -> int:
-    """Digits to which the run's losses are the reference's, at the step where fewest are."""
-    shares = [
-        abs(difference) / abs(loss - difference)
-        for difference, loss in zip(run.curve.difference, run.curve.train_loss, strict=True)
-        if difference is not None and math.isfinite(difference) and loss != difference
-    ]
-    largest = max(shares, default=0.0)
-    return 17 if largest == 0 else max(0, math.floor(-math.log10(largest)))  # float64 holds 17 digits
 
 
 def _seed_noise(comparison: Comparison, apart: Sequence[RunFigures]) -> str:

@@ -1,20 +1,38 @@
 """Losses of runs by optimizer step, tokens and time, and how far they lie from the reference's."""
 
+from __future__ import annotations
+
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from tracking.history import Column
 from tracking.sources import Run
 
+NOTHING = Column(array("q"), array("d"))
 
-class _Losses(BaseModel):
+
+@dataclass(frozen=True)
+class Losses:
+    """All losses that a run logged; `seconds` is the training time until each step, None where steps have no time."""
+
+    train: Column
+    validation: Column
+    seconds: array[float] | None
+    tokens_per_step: int | None
+
+
+class _Drawn(BaseModel):
     # JSON has no NaN: a diverged loss is written as the string "NaN".
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
-class Validations(_Losses):
+class Validations(_Drawn):
     """Validation losses by optimizer step; `seconds` is the training time until then."""
 
     steps: list[int]
@@ -23,8 +41,8 @@ class Validations(_Losses):
     loss: list[float]
 
 
-class Curve(_Losses):
-    """Losses by optimizer step; `seconds` adds up step times as they were logged, validation and saving left out."""
+class Curve(_Drawn):
+    """Losses by optimizer step, as many as are drawn; `seconds` is training time, validation and saving left out."""
 
     steps: list[int]
     tokens: list[int | None]
@@ -33,112 +51,133 @@ class Curve(_Losses):
     difference: list[float | None]  # from the reference at the same step
     deviation: list[float | None]  # of train_loss over repeats
     validations: Validations
+    logged: int  # training losses that there are
 
 
-def curve_of(run: Run) -> Curve:
-    rows = [row for row in run.history if "train/loss" in row]
-    steps = [int(row["step"]) for row in rows]
+def losses_of(run: Run) -> Losses:
+    """The run's losses; `seconds` adds up step times as they were logged."""
+    train = run.history.get("train/loss", NOTHING)
     record = run.record
-    per_step = None if record is None else record.batch.global_ * record.batch.tokens_per_sample
+    return Losses(
+        train=train,
+        validation=run.history.get("val/loss", NOTHING),
+        seconds=_seconds(run, train.steps),
+        tokens_per_step=None if record is None else record.batch.global_ * record.batch.tokens_per_sample,
+    )
+
+
+def _seconds(run: Run, steps: Sequence[int]) -> array[float] | None:
     # Rows of the warm-up have no time of their own.
-    usual_ms = None if record is None else record.results.step_ms_p50
-    seconds: list[float | None] = []
-    total: float | None = 0.0
-    for before, row in zip([0, *steps], rows, strict=False):
-        step_ms = row.get("perf/step_ms", usual_ms)
-        total = None if total is None or step_ms is None else total + (row["step"] - before) * step_ms / 1000
-        seconds.append(total)
-    return Curve(
-        steps=steps,
-        tokens=[None if per_step is None else step * per_step for step in steps],
-        seconds=seconds,
-        train_loss=[row["train/loss"] for row in rows],
-        difference=[None] * len(rows),
-        deviation=[None] * len(rows),
-        validations=_validations(run, per_step, steps, seconds),
-    )
-
-
-def _validations(run: Run, per_step: int | None, steps: Sequence[int], seconds: Sequence[float | None]) -> Validations:
-    rows = [row for row in run.history if "val/loss" in row]
-    places = [int(row["step"]) for row in rows]
-    return Validations(
-        steps=places,
-        tokens=[None if per_step is None else step * per_step for step in places],
-        seconds=[_seconds_at(step, steps, seconds) for step in places],
-        loss=[row["val/loss"] for row in rows],
-    )
-
-
-def _seconds_at(step: int, steps: Sequence[int], seconds: Sequence[float | None]) -> float | None:
-    """Training time until a step, in proportion between those that have been logged."""
-    before, spent = 0, 0.0
-    for logged, second in zip(steps, seconds, strict=True):
-        if second is None:
+    usual_ms = None if run.record is None else run.record.results.step_ms_p50
+    timed = run.history.get("perf/step_ms", NOTHING)
+    step_ms = dict(zip(timed.steps, timed.values, strict=True))
+    seconds = array("d")
+    total, before = 0.0, 0
+    for step in steps:
+        own = step_ms.get(step, usual_ms)
+        if own is None:
             return None
-        if step <= logged:
-            return spent + (second - spent) * (step - before) / (logged - before)
-        before, spent = logged, second
-    return None
+        total, before = total + (step - before) * own / 1000, step
+        seconds.append(total)
+    return seconds
 
 
-def against(curve: Curve, reference: Curve | None) -> Curve:
-    theirs = {} if reference is None else dict(zip(reference.steps, reference.train_loss, strict=True))
-    difference = [
+def differences(own: Losses, reference: Losses | None) -> list[float | None]:
+    """How far each training loss lies from the reference's at the same step; None where that logged none."""
+    theirs = {} if reference is None else dict(zip(reference.train.steps, reference.train.values, strict=True))
+    return [
         loss - theirs[step] if step in theirs else None
-        for step, loss in zip(curve.steps, curve.train_loss, strict=True)
+        for step, loss in zip(own.train.steps, own.train.values, strict=True)
     ]
-    return curve.model_copy(update={"difference": difference})
 
 
-def reached_by_all(curves: Iterable[Curve]) -> float | None:
-    lowest = [min(loss for loss in curve.train_loss if math.isfinite(loss)) for curve in curves if _finite(curve)]
-    return max(lowest, default=None)
+def reached_by_all(runs: Iterable[Losses]) -> float | None:
+    """The lowest training loss that every run reached, of those that logged any."""
+    lowest = [min(filter(math.isfinite, losses.train.values), default=None) for losses in runs]
+    return max((loss for loss in lowest if loss is not None), default=None)
 
 
-def _finite(curve: Curve) -> bool:
-    return any(math.isfinite(loss) for loss in curve.train_loss)
-
-
-def time_to(curve: Curve, target: float | None) -> float | None:
-    if target is None:
+def time_to(losses: Losses, target: float | None) -> float | None:
+    """Training time until the loss is `target` or less."""
+    if target is None or losses.seconds is None:
         return None
-    reached = (second for second, loss in zip(curve.seconds, curve.train_loss, strict=True) if loss <= target)
+    reached = (second for second, loss in zip(losses.seconds, losses.train.values, strict=True) if loss <= target)
     return next(reached, None)
 
 
-def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Means over the repeats, at the steps that all of them have."""
-    if len(curves) == 1:
-        return curves[0]
-    steps = [step for step in curves[0].steps if all(step in curve.steps for curve in curves[1:])]
+def mean_curve(repeats: Sequence[Losses], apart: Sequence[Sequence[float | None]], *, most: int) -> Curve:
+    """Means over the repeats, at the steps that all of them have; of these, `most` that are evenly spread.
 
-    def at(values: Callable[[Curve], Sequence[float | None]], step: int) -> list[float]:
-        found = (values(curve)[curve.steps.index(step)] for curve in curves)
-        return [value for value in found if value is not None]
-
-    def mean(values: list[float]) -> float | None:
-        return statistics.fmean(values) if len(values) == len(curves) else None
-
-    losses = [at(lambda curve: curve.train_loss, step) for step in steps]
+    `apart` are the repeats' `differences`.
+    """
+    first = repeats[0]
+    steps = _spread(_shared([losses.train.steps for losses in repeats]), most)
+    places = [[bisect_left(losses.train.steps, step) for step in steps] for losses in repeats]
+    trained = [[losses.train.values[place] for place in own] for losses, own in zip(repeats, places, strict=True)]
+    seconds = [
+        [None if losses.seconds is None else losses.seconds[place] for place in own]
+        for losses, own in zip(repeats, places, strict=True)
+    ]
+    from_reference = [[found[place] for place in own] for found, own in zip(apart, places, strict=True)]
     return Curve(
         steps=steps,
-        tokens=[curves[0].tokens[curves[0].steps.index(step)] for step in steps],
-        seconds=[mean(at(lambda curve: curve.seconds, step)) for step in steps],
-        train_loss=[statistics.fmean(values) for values in losses],
-        difference=[mean(at(lambda curve: curve.difference, step)) for step in steps],
-        deviation=[statistics.stdev(values) if all(map(math.isfinite, values)) else None for values in losses],
-        validations=_mean_validations([curve.validations for curve in curves]),
+        tokens=_tokens(first, steps),
+        seconds=_means(seconds),
+        train_loss=[statistics.fmean(values) for values in zip(*trained, strict=True)],
+        difference=_means(from_reference),
+        deviation=[_deviation(values) for values in zip(*trained, strict=True)],
+        validations=_mean_validations(repeats, most),
+        logged=len(first.train.steps),
     )
 
 
-def _mean_validations(repeats: Sequence[Validations]) -> Validations:
-    first = repeats[0]
-    losses = [dict(zip(one.steps, one.loss, strict=True)) for one in repeats]
-    shared = [place for place, step in enumerate(first.steps) if all(step in those for those in losses)]
+def _mean_validations(repeats: Sequence[Losses], most: int) -> Validations:
+    steps = _spread(_shared([losses.validation.steps for losses in repeats]), most)
+    values = [
+        [losses.validation.values[bisect_left(losses.validation.steps, step)] for step in steps] for losses in repeats
+    ]
     return Validations(
-        steps=[first.steps[place] for place in shared],
-        tokens=[first.tokens[place] for place in shared],
-        seconds=[first.seconds[place] for place in shared],
-        loss=[statistics.fmean(those[first.steps[place]] for those in losses) for place in shared],
+        steps=steps,
+        tokens=_tokens(repeats[0], steps),
+        seconds=[_seconds_at(repeats[0], step) for step in steps],
+        loss=[statistics.fmean(own) for own in zip(*values, strict=True)],
     )
+
+
+def _seconds_at(losses: Losses, step: int) -> float | None:
+    """Training time until a step, in proportion between those that have been logged."""
+    steps, seconds = losses.train.steps, losses.seconds
+    place = bisect_left(steps, step)
+    if seconds is None or place == len(steps):
+        return None
+    before, spent = (steps[place - 1], seconds[place - 1]) if place else (0, 0.0)
+    return spent + (seconds[place] - spent) * (step - before) / (steps[place] - before)
+
+
+def _shared(by_repeat: Sequence[Sequence[int]]) -> list[int]:
+    return sorted(set(by_repeat[0]).intersection(*by_repeat[1:]))
+
+
+def _spread(steps: list[int], most: int) -> list[int]:
+    """At most `most` of the steps, the first and the last among them."""
+    if len(steps) <= most:
+        return steps
+    return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
+
+
+def _tokens(losses: Losses, steps: Sequence[int]) -> list[int | None]:
+    each = losses.tokens_per_step
+    return [None if each is None else step * each for step in steps]
+
+
+def _means(by_repeat: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Means over the repeats, None where one has no value."""
+    found: list[float | None] = []
+    for values in zip(*by_repeat, strict=True):
+        known = [value for value in values if value is not None]
+        found.append(statistics.fmean(known) if len(known) == len(values) else None)
+    return found
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None

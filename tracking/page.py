@@ -112,6 +112,10 @@ def _loss(comparison: Comparison) -> str:
     labels = [one.label for one in comparison.series]
     trained = [dict(zip(curve.steps, curve.train_loss, strict=True)) for curve in curves]
     validated = [dict(zip(curve.validations.steps, curve.validations.loss, strict=True)) for curve in curves]
+    most = max(curve.logged for curve in curves)
+    drawn = max(len(curve.steps) for curve in curves)
+    if drawn < most:
+        about += f" Of up to {most:,} rows of a run, {drawn:,} that are evenly spread are drawn; figures are of all."
     figures = _details(_losses("Training loss by optimizer step", labels, trained))
     if any(validated):
         table = _losses("Validation loss by optimizer step", labels, validated)

@@ -10,13 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from tracking.certified import Verdict
+from tracking.history import History, read_history
 from tracking.record import RunRecord
 from tracking.status import read_status
 
 RUN_FILES = ("record.json", "status.json", "resolved.yaml")  # any of them makes a folder a run folder
 WANDB_PREFIX = "wandb:"
-
-Row = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class Event:
 class Run:
     """What is left of a run: its record if it completed, else what became of it.
 
-    history: rows of metrics.csv by optimizer step, those of all attempts joined.
+    history: columns of metrics.csv, those of all attempts joined.
     notes: a line for each of its files that cannot be read.
     """
 
@@ -46,7 +45,7 @@ class Run:
     error: str | None = None
     record: RunRecord | None = None
     folder: Path | None = None
-    history: list[Row] = field(default_factory=list)
+    history: History = field(default_factory=dict)
     trace: list[Event] = field(default_factory=list)
     verdict: Verdict | None = None
     notes: tuple[str, ...] = ()
@@ -120,16 +119,6 @@ def _read_offline(folder: Path) -> dict[str, Run]:
     return runs
 
 
-def read_history(folder: Path) -> list[Row]:
-    """Rows of metrics.csv by step; where a later attempt repeats a step, its row stands."""
-    attempts = sorted((path for path in folder.glob("attempts/*") if path.name.isdecimal()), key=lambda p: int(p.name))
-    rows: dict[int, Row] = {}
-    for attempt in (*attempts, folder):
-        if (attempt / "metrics.csv").is_file():
-            rows |= _rows(attempt / "metrics.csv")
-    return [rows[step] for step in sorted(rows)]
-
-
 def read_trace(path: Path) -> list[Event]:
     """The events of a file in Chrome's trace format.
 
@@ -174,16 +163,6 @@ def _read_extras(folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         notes.append(f"{folder.name}/certificate.json is damaged: {error.errors()[0]['msg']}")
     return extras | {"notes": tuple(notes)}
-
-
-def _rows(path: Path) -> dict[int, Row]:
-    """Training and validation write a row each under the same step: one row here."""
-    rows: dict[int, Row] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for cells in csv.DictReader(file):
-            row = {key: float(cell) for key, cell in cells.items() if cell}
-            rows.setdefault(int(row["step"]), {}).update(row)
-    return rows
 
 
 def _no_run(folder: Path) -> ValueError:

@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import wandb
 from wandb.apis.public import Run as RunOnServer
 
+from tracking.history import History, history_of
 from tracking.redact import redact
-from tracking.sources import Row, Run, read_run
+from tracking.sources import Run, read_run
 from tracking.wandb_config import AXES, COMPARE, RUN_FILES, Group
 from tracking.wandb_run import TROUBLE, be_quiet, close_service, first_line, has_api_key
 
@@ -63,7 +64,7 @@ def _why(error: BaseException) -> str:
 
 
 def _of_server(run: RunOnServer) -> Run:
-    history = history_of(run.scan_history(use_cache=False))
+    history = logged(run.scan_history(use_cache=False))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, run.id)
         for file in run.files(names=list(RUN_FILES)):
@@ -79,7 +80,7 @@ def _of_file(path: Path) -> Run | None:
         return None
     codes = [entry["exit"].get("exit_code", 0) for entry in entries if entry["type"] == "exit"]
     state = ("failed" if codes[-1] else "finished") if codes else "lost"
-    history = history_of(entry["history"]["item"] for entry in entries if entry["type"] == "history")
+    history = logged(entry["history"]["item"] for entry in entries if entry["type"] == "history")
     name = made.get("display_name") or path.parent.name
     read = _run(path.parent / "files", name=name, strategy=made.get("job_type"), state=state, history=history)
     return dataclasses.replace(read, folder=path.parent)
@@ -98,16 +99,12 @@ def inspect(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def history_of(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows by optimizer step as metrics.csv has them: numbers alone, without what W&B and its logger add."""
-    joined: dict[int, Row] = {}
-    for row in rows:
-        if "step" in row:
-            joined.setdefault(int(row["step"]), {}).update(_numbers(row))
-    return [joined[step] for step in sorted(joined)]
+def logged(rows: Iterable[Mapping[str, Any]]) -> History:
+    """Columns as metrics.csv has them: numbers alone, without what W&B and its logger add."""
+    return history_of(_numbers(row) for row in rows if "step" in row)
 
 
-def _numbers(row: Mapping[str, Any]) -> Row:
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in row.items()
@@ -115,9 +112,9 @@ def _numbers(row: Mapping[str, Any]) -> Row:
     }
 
 
-def _run(folder: Path, *, name: str, strategy: str | None, state: str, history: Sequence[Row]) -> Run:
+def _run(folder: Path, *, name: str, strategy: str | None, state: str, history: History) -> Run:
     """The run whose files lie in `folder`; what W&B knows of it where its record is not among them."""
-    read = dataclasses.replace(read_run(folder), folder=None, history=list(history))
+    read = dataclasses.replace(read_run(folder), folder=None, history=history)
     if read.record is not None:
         return read
     error = read.error if (folder / "record.json").exists() else "W&B has no record.json of it"

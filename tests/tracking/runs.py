@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.tracking.examples import record, results
+from tracking.history import history_of
 from tracking.record import Collective, Memory, Mesh
-from tracking.sources import Event, Row, Run
+from tracking.sources import Event, Run
 
 GIB = 2**30
 STEPS = (10, 20, 30)
@@ -27,7 +28,7 @@ def run(
     **of_run: Any,
 ) -> Run:
     """A run of `len(losses)` rows, ten steps apart; `changes` go to its record, `found` to its results."""
-    rows: list[Row] = [
+    rows = [
         {"step": float(step), "train/loss": loss, "perf/step_ms": step_ms}
         for step, loss in zip(STEPS, losses, strict=False)
     ]
@@ -51,7 +52,7 @@ def run(
         }
         | (changes or {})
     )
-    given = {"state": "completed", "history": rows} | of_run
+    given = {"state": "completed", "history": history_of(rows)} | of_run
     return Run(name=name, strategy=made.strategy, record=made, **given)
 
 

@@ -12,6 +12,7 @@ from tracking.certified import Verdict, subject_of
 from tracking.comparison import Comparison, RunFigures, Series, compare_runs
 from tracking.conclusions import conclusions
 from tracking.gantt import Bar, idle_share, spent_ms
+from tracking.history import column_of
 from tracking.record import Environment, Precision
 from tracking.shown import MOST_RANKS, shown_ranks
 from tracking.sources import Run
@@ -46,7 +47,7 @@ def test_speed_up_and_efficiency_are_against_the_reference_and_its_devices() -> 
 
 def test_losses_are_subtracted_step_by_step() -> None:
     other = run("ddp", losses=(4.5, 3.0, 1.75))
-    other.history.pop(1)
+    other.history["train/loss"] = column_of({10: 4.5, 30: 1.75})
     ddp = figures(compare_runs([run("single"), other]), "ddp")
     assert ddp.curve.steps == [10, 30] and ddp.curve.difference == [0.5, -0.25]
     assert (ddp.loss_difference, ddp.loss_difference_step) == (0.5, 10)
@@ -61,14 +62,13 @@ def test_tokens_and_seconds_go_with_the_steps() -> None:
 
 def test_rows_of_the_warm_up_take_the_median_step_s_time() -> None:
     warm = run("single", step_ms=200.0)
-    del warm.history[0]["perf/step_ms"]
-    warm.history[1]["perf/step_ms"] = 100.0
+    warm.history["perf/step_ms"] = column_of({20: 100.0, 30: 200.0})
     assert figures(compare_runs([warm]), "single").curve.seconds == pytest.approx([2.0, 3.0, 5.0])
 
 
 def test_validation_losses_stand_beside_those_of_training() -> None:
     made = run("single", step_ms=200.0, val_losses=(4.5, 3.5))
-    made.history.insert(1, {"step": 15.0, "val/loss": 4.0})
+    made.history["val/loss"] = column_of({10: 4.5, 15: 4.0, 20: 3.5})
     validations = figures(compare_runs([made]), "single").curve.validations
     assert (validations.steps, validations.loss) == ([10, 15, 20], [4.5, 4.0, 3.5])
     assert validations.tokens[1] == 15 * 16 * 64 and validations.seconds == pytest.approx([2.0, 3.0, 4.0])

@@ -121,7 +121,7 @@ def test_links_lead_to_the_page_itself() -> None:
 
 @pytest.mark.parametrize(
     "runs",
-    [[run("single")], [failed("ddp")], [run("single", tokens_per_s=None, losses=(2.0,))], [run("single", history=[])]],
+    [[run("single")], [failed("ddp")], [run("single", tokens_per_s=None, losses=(2.0,))], [run("single", history={})]],
     ids=["version 1", "failed", "too short", "no history"],
 )
 def test_a_run_that_lacks_something_is_shown_with_what_is_missing(runs: list[Run]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.tracking.examples import record
+from tracking.history import column_of
 from tracking.sources import collect, read_run
 
 EVENT = {"ph": "X", "pid": 1, "tid": 0, "cat": "forward", "name": "forward", "ts": 1.5, "dur": 2.0}
@@ -19,10 +20,10 @@ def write(folder: Path, text: str = "step,train/loss,val/loss\n10,4.0,\n20,3.0,\
 
 
 def test_rows_of_one_step_are_one_row(tmp_path: Path) -> None:
-    assert read_run(write(tmp_path / "a")).history == [
-        {"step": 10.0, "train/loss": 4.0},
-        {"step": 20.0, "train/loss": 3.0, "val/loss": 3.5},
-    ]
+    assert read_run(write(tmp_path / "a")).history == {
+        "train/loss": column_of({10: 4.0, 20: 3.0}),
+        "val/loss": column_of({20: 3.5}),
+    }
 
 
 def test_later_attempts_override_the_steps_that_they_repeat(tmp_path: Path) -> None:
@@ -30,7 +31,7 @@ def test_later_attempts_override_the_steps_that_they_repeat(tmp_path: Path) -> N
     for number, rows in (("1", "10,9.0\n20,9.0\n30,9.0\n"), ("2", "20,8.0\n25,8.0\n"), ("10", "25,7.0\n30,7.0\n")):
         (folder / "attempts" / number).mkdir(parents=True)
         (folder / "attempts" / number / "metrics.csv").write_text(f"step,train/loss\n{rows}")
-    assert [row["train/loss"] for row in read_run(folder).history] == [9.0, 8.0, 7.0, 3.0, 2.0]
+    assert list(read_run(folder).history["train/loss"].values) == [9.0, 8.0, 7.0, 3.0, 2.0]
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -63,7 +64,7 @@ def test_damaged_files_are_notes(tmp_path: Path) -> None:
     (folder / "trace.json").write_text('[{"ph": "X"}]')
     (folder / "certificate.json").write_text('{"verdict": "perhaps"}')
     run = read_run(folder)
-    assert run.state == "completed" and run.history == run.trace == [] and run.verdict is None
+    assert run.state == "completed" and not run.history and not run.trace and run.verdict is None
     assert [note.split(" ")[0].rpartition("a/")[2] for note in run.notes] == [
         "metrics.csv",
         "trace.json",

@@ -15,7 +15,7 @@ import pytest
 
 from tests.tracking.wandb_use import KEY, WANDB, Program, environment, programs, serve
 from tracking.sources import Run, collect, read_run
-from tracking.wandb_source import history_of
+from tracking.wandb_source import logged
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,8 @@ def test_a_run_that_was_synced_is_read_from_the_server_as_from_its_folder(offlin
         runs, said = read(offline, "wandb:team/concord/sweep-7", **variables)
     assert said == ""
     expected = read_run(offline / "run")
-    assert expected.record and expected.trace and expected.verdict and len(expected.history) == 2
+    assert expected.record and expected.trace and expected.verdict
+    assert len(expected.history["train/loss"].steps) == 2
     assert runs == [without_place(expected)]
 
 
@@ -97,14 +98,19 @@ def test_a_run_that_failed_has_its_state_and_its_history(tmp_path: Path, train: 
     assert without_place(offline) == online
     assert (online.name, online.strategy, online.state) == ("first", "ddp", "failed")
     assert (online.record, online.error) == (None, "W&B has no record.json of it")
-    assert online.history == [{"step": 1.0, "train/loss": 3.5, "perf/tokens_per_s": 1000.0, "val/loss": 2.0}]
+    assert online.history == {
+        "train/loss": column_of({1: 3.5}),
+        "perf/tokens_per_s": column_of({1: 1000.0}),
+        "val/loss": column_of({1: 2.0}),
+    }
 
 
 def test_losses_that_are_no_numbers_are_read_and_other_values_are_not() -> None:
     rows = [{"step": 2, "train/loss": "NaN", "val/loss": "-Infinity", "text": "a", "image": {"path": "x"}, "_step": 7}]
-    (row,) = history_of([*rows, {"train/loss": 1.0}])
-    assert sorted(row) == ["step", "train/loss", "val/loss"]
-    assert math.isnan(row["train/loss"]) and row["val/loss"] == -math.inf
+    history = logged([*rows, {"train/loss": 1.0}])
+    assert sorted(history) == ["train/loss", "val/loss"]
+    assert list(history["train/loss"].steps) == [2] and math.isnan(history["train/loss"].values[0])
+    assert list(history["val/loss"].values) == [-math.inf]
 
 
 @pytest.mark.parametrize(
