@@ -237,6 +237,7 @@ class Zero(Strategy):
         blocks: Sequence[str],
         nvme: Path,
         on_gpu: bool,
+        compiled: bool = False,
     ) -> dict[str, Any]:
         """DeepSpeed's configuration of a run (https://www.deepspeed.ai/docs/config-json).
 
@@ -246,7 +247,7 @@ class Zero(Strategy):
         tuning = self.tune(sizes, precision, on_gpu=on_gpu)
         section = self.base_section(tuning)
         if self.stage == 3:
-            section |= self.sharding_section(tuning, precision, blocks)
+            section |= self.sharding_section(tuning, blocks, lean=precision.autocasts or not compiled)
         section |= self.offload_section(max(sizes), nvme, on_gpu)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -278,7 +279,7 @@ class Zero(Strategy):
             "use_multi_rank_bucket_allreduce": not self.reduce_to_owner,
         }
 
-    def sharding_section(self, tuning: Tuning, precision: Precision, blocks: Sequence[str]) -> dict[str, Any]:
+    def sharding_section(self, tuning: Tuning, blocks: Sequence[str], *, lean: bool) -> dict[str, Any]:
         return {
             "sub_group_size": tuning.sub_group,
             "leaf_module": {"names": list(blocks) if self.gathers_blocks else []},
@@ -286,8 +287,8 @@ class Zero(Strategy):
             "stage3_prefetch_bucket_size": tuning.prefetch,
             "stage3_max_live_parameters": tuning.live,
             "stage3_max_reuse_distance": 0,  # else nothing is released in a model of fewer elements
-            # Else autograd keeps what was gathered of every Linear's weight until backward.
-            "memory_efficient_linear": True,
+            # Else autograd keeps what was gathered of every Linear's weight until backward; compiled code does not.
+            "memory_efficient_linear": lean,
             "zero_hpz_partition_size": self.plus_plus.secondary_ranks,
             "zero_quantized_weights": self.plus_plus.quantized_weights,
             "zero_quantized_gradients": self.plus_plus.quantized_gradients,

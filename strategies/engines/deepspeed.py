@@ -103,6 +103,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             blocks=leaf_blocks(module),
             nvme=self.nvme,
             on_gpu=self.run.on_gpu,
+            compiled=self.run.compile,
         )
         if self.is_global_zero:
             (Path(trainer.default_root_dir) / "deepspeed.json").write_text(json.dumps(self.config, indent=2) + "\n")
