@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from tracking.certified import Verdict, verdict_on
@@ -292,7 +293,7 @@ def _figures(
             "strategy": run.strategy,
             "state": run.state,
             "error": run.error,
-            "tokens_per_s_deviation": statistics.stdev(speeds) if len(speeds) > 1 else None,
+            "tokens_per_s_deviation": float(np.std(speeds, ddof=1)) if len(speeds) > 1 else None,
             "verdict": verdict_of(run, certificates),
             "curve": curve,
             "shown_ranks": shown,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +43,33 @@ def read_history(folder: Path) -> History:
     Raises ValueError, KeyError or csv.Error where one is damaged.
     """
     attempts = sorted((path for path in folder.glob("attempts/*") if path.name.isdecimal()), key=lambda p: int(p.name))
-    paths = [attempt / "metrics.csv" for attempt in (*attempts, folder)]
-    return history_of(row for path in paths if path.is_file() for row in rows_of(path))
+    history: History = {}
+    for path in (attempt / "metrics.csv" for attempt in (*attempts, folder)):
+        if path.is_file():
+            for key, column in columns_of(path).items():
+                history[key] = joined(history[key], column) if key in history else column
+    return history
 
 
-def rows_of(path: Path) -> Iterator[dict[str, float]]:
-    """Rows of a metrics.csv; those of training and of validation at the same step are two."""
+def columns_of(path: Path) -> History:
+    """The columns of a metrics.csv, whose rows of training and of validation leave each other's cells empty."""
     with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        keys = next(reader, [])
-        for cells in reader:
-            yield {key: float(cell) for key, cell in zip(keys, cells, strict=True) if cell}
+        keys, *rows = list(csv.reader(file)) or [[]]
+    if rows and len(rows[-1]) < len(keys):
+        rows.pop()  # a run that was killed may have left half a row
+    cells = dict(zip(keys, zip(*rows, strict=True), strict=True)) if rows else {}
+    steps = [int(float(cell)) for cell in cells.pop("step")] if cells else []
+    return {
+        key: Column(
+            array("q", [step for step, cell in zip(steps, column, strict=True) if cell]),
+            array("d", [float(cell) for cell in column if cell]),
+        )
+        for key, column in cells.items()
+        if any(column)
+    }
+
+
+def joined(earlier: Column, later: Column) -> Column:
+    return column_of(
+        dict(zip(earlier.steps, earlier.values, strict=True)) | dict(zip(later.steps, later.values, strict=True))
+    )

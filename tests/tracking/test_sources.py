@@ -59,6 +59,11 @@ def test_a_certificate_is_read(tmp_path: Path) -> None:
     assert verdict is not None and verdict.verdict == "disagrees"
 
 
+def test_half_a_last_row_is_left_out(tmp_path: Path) -> None:
+    history = read_run(write(tmp_path / "a", "step,train/loss,val/loss\n10,4.0,\n20,3.")).history
+    assert history == {"train/loss": column_of({10: 4.0})}
+
+
 def test_damaged_files_are_notes(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", "train/loss\n4.0\n")
     (folder / "trace.json").write_text('[{"ph": "X"}]')

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.tracking.wandb_use import KEY, WANDB, Program, environment, programs, serve
+from tracking.history import column_of
 from tracking.sources import Run, collect, read_run
 from tracking.wandb_source import logged
 
