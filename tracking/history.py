@@ -7,6 +7,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 
@@ -58,12 +59,9 @@ def columns_of(path: Path) -> History:
     if rows and len(rows[-1]) < len(keys):
         rows.pop()  # a run that was killed may have left half a row
     cells = dict(zip(keys, zip(*rows, strict=True), strict=True)) if rows else {}
-    steps = [int(float(cell)) for cell in cells.pop("step")] if cells else []
+    steps = array("q", map(int, cells.pop("step"))) if cells else array("q")
     return {
-        key: Column(
-            array("q", [step for step, cell in zip(steps, column, strict=True) if cell]),
-            array("d", [float(cell) for cell in column if cell]),
-        )
+        key: Column(array("q", compress(steps, column)), array("d", map(float, filter(None, column))))
         for key, column in cells.items()
         if any(column)
     }
