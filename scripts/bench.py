@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.compose import REPOSITORY, compose
 from launch.dispatch import prepare
 from launch.schema import ConfigError
+from launch.zygote import end_zygote
 
 SETTING = [
     "launcher.devices=2",
@@ -56,6 +57,7 @@ def measure(name: str, case: list[str], overrides: list[str]) -> int:
     words = [*SETTING, *case, *overrides]
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(compose([*words, f"run_dir='{folder}'"]))
+        end_zygote()  # torchrun starts these ranks
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.world_size}"]
         environment = os.environ | {
             "OMP_NUM_THREADS": str(job.config.launcher.threads_per_rank),
@@ -69,6 +71,7 @@ def rank(name: str, words: list[str]) -> int:
     from launch.bench import measure_overhead, measure_saving, measure_tracing
 
     job = prepare(compose(words), int(os.environ["WORLD_SIZE"]), write=os.environ["RANK"] == "0")
+    end_zygote()
     {"save": measure_saving, "meter": measure_tracing}.get(name, measure_overhead)(job)
     return 0
 

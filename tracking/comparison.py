@@ -10,9 +10,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from tracking.certified import Verdict, verdict_on
-from tracking.comparability import Difference, Doubt, config_differences, doubts, repeat_key
+from tracking.comparability import Difference, Doubt, config_differences, doubts
 from tracking.curve import Curve, Losses, differences, losses_of, mean_curve, reached_by_all, time_to
 from tracking.gantt import Bar, last_step
+from tracking.labels import groups_of, labels_of, members_of, seed_of
 from tracking.record import Collective, Memory, RunRecord
 from tracking.shown import shown_ranks
 from tracking.sources import Run
@@ -140,8 +141,8 @@ def compare_runs(
     `certificates` speak for the runs that they fit, as do those that lie in the runs' own folders.
     """
     certificates = [*(run.verdict for run in runs if run.verdict is not None), *certificates]
-    groups = _groups(runs)
-    labels = _labels(runs, groups)
+    groups = groups_of(runs)
+    labels = labels_of(runs, groups)
     reference = _reference(runs, groups)
     losses = [losses_of(run) for run in runs]
     target = target_loss if target_loss is not None else reached_by_all(losses)
@@ -151,7 +152,7 @@ def compare_runs(
     for group, label in zip(groups, labels, strict=True):
         apart = []
         places = range(len(figures), len(figures) + len(group))
-        for index, named in zip(group, _members(label, [runs[index] for index in group]), strict=True):
+        for index, named in zip(group, members_of(label, [runs[index] for index in group]), strict=True):
             partner = _partner(runs, index, reference)
             other = None if partner is None else (runs[partner], losses[partner])
             apart.append(differences(losses[index], None if other is None else other[1]))
@@ -189,65 +190,6 @@ def differ(left: Spread, right: Spread) -> bool:
     return abs(left.mean - right.mean) > (left.deviation or 0.0) + (right.deviation or 0.0)
 
 
-def _groups(runs: Sequence[Run]) -> list[list[int]]:
-    """Repeats together, in the order of the first; a run without a record stands alone."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, run in enumerate(runs):
-        groups[str(index) if run.record is None else repeat_key(run.record)].append(index)
-    return list(groups.values())
-
-
-def _labels(runs: Sequence[Run], groups: Sequence[Sequence[int]]) -> list[str]:
-    """Names; where two are the same, with the number of devices, then with what differs in the config."""
-    firsts = [runs[group[0]] for group in groups]
-    labels = [run.name for run in firsts]
-    for tell in (_sizes, _entries, _places, _numbers):
-        for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
-            same = [place for place, own in enumerate(labels) if own == label]
-            told = tell([firsts[place] for place in same])
-            if len(set(told)) > 1:
-                for place, extra in zip(same, told, strict=True):
-                    labels[place] = f"{label} {extra}".strip()
-    return labels
-
-
-def _members(label: str, runs: Sequence[Run]) -> list[str]:
-    """Labels of the repeats that `label` stands for: their seeds, or numbers where two have the same."""
-    if len(runs) == 1:
-        return [label]
-    seeds = [_seed(run) for run in runs]
-    if len(set(seeds)) == len(runs):
-        return [f"{label}, seed {seed}" for seed in seeds]
-    return [f"{label}, repeat {number}" for number in range(1, len(runs) + 1)]
-
-
-def _sizes(runs: Sequence[Run]) -> list[str]:
-    return [f"x {run.record.world_size}" if run.record else "" for run in runs]
-
-
-def _entries(runs: Sequence[Run]) -> list[str]:
-    """For each run as many of the config's entries as tell `runs` apart, at most two; classes say less than values."""
-    names = [str(number) for number in range(len(runs))]
-    differences = config_differences(runs, names, [[number] for number in range(len(runs))])
-    said: list[str] = [""] * len(runs)
-    for difference in sorted(differences, key=lambda one: one.key.endswith("_target_"))[:2]:
-        for value, holders in difference.values.items():
-            for name in holders:
-                entry = f"{difference.key.rpartition('.')[2]}={value}"
-                said[int(name)] = f"{said[int(name)]}, {entry}".removeprefix(", ")
-        if len(set(said)) == len(runs):
-            break
-    return said
-
-
-def _places(runs: Sequence[Run]) -> list[str]:
-    return [f"in {run.folder.name}" if run.folder else "" for run in runs]
-
-
-def _numbers(runs: Sequence[Run]) -> list[str]:
-    return [f"#{number}" for number in range(1, len(runs) + 1)]
-
-
 def _reference(runs: Sequence[Run], groups: Sequence[list[int]]) -> list[int] | None:
     """The group of `single`, else the first that has a record."""
     complete = [group for group in groups if runs[group[0]].record is not None]
@@ -259,12 +201,8 @@ def _partner(runs: Sequence[Run], index: int, reference: list[int] | None) -> in
     """The reference's run of the same seed, else its first."""
     if reference is None:
         return None
-    same = [other for other in reference if _seed(runs[other]) == _seed(runs[index])]
+    same = [other for other in reference if seed_of(runs[other]) == seed_of(runs[index])]
     return next(iter(same or reference))
-
-
-def _seed(run: Run) -> int | None:
-    return None if run.record is None else run.record.seed
 
 
 def _figures(
