@@ -130,24 +130,39 @@ def resumed_argv(argv: list[str]) -> list[str]:
 def run_application(application: Callable[[], None]) -> int:
     """Run the Hydra application; its exit code, after one line on stderr for whatever went wrong."""
     end_on_signals()
-    interrupted = 0
+    interrupted = refused = 0
     try:
         sys.argv = spelled(resumed_argv(sys.argv))
         application()
     except KeyboardInterrupt as error:
-        with suppress(OSError):  # the terminal may be what has ended
-            print(f"{error or 'interrupted by Ctrl-C'}; no process of the run is left.", file=sys.stderr)
-        interrupted = error.exit_code if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
+        interrupted = say_interrupted(error)
     except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
         print(one_line(error), file=sys.stderr)
-        exit_codes.append(EXIT_REFUSED)
-    if SweepTable.folder is not None and SweepTable.folder.is_dir():
-        failed = print_sweep(SweepTable.folder)
-        has_best = found_best(SweepTable.folder)
-        if has_best is not None:
-            return interrupted or (0 if has_best else EXIT_FAILED)
-        return interrupted or (EXIT_FAILED if failed or any(exit_codes) else 0)
-    return interrupted or max(exit_codes, default=0)
+        refused = EXIT_REFUSED
+    folder = SweepTable.folder
+    if folder is None or not folder.is_dir() or (refused and not exit_codes):  # else there is a sweep to be told of
+        return interrupted or refused or max(exit_codes, default=0)
+    try:
+        code = tell_sweep(folder)
+    except KeyboardInterrupt as error:
+        return say_interrupted(error)
+    return interrupted or (EXIT_FAILED if refused else code)
+
+
+def say_interrupted(error: KeyboardInterrupt) -> int:
+    """Say what ended this process; its exit code."""
+    with suppress(OSError):  # the terminal may be what has ended
+        print(f"{error or 'interrupted by Ctrl-C'}; no process of the run is left.", file=sys.stderr)
+    return error.exit_code if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
+
+
+def tell_sweep(folder: Path) -> int:
+    """Say what became of a sweep's jobs, and of a search; the exit code that this makes."""
+    failed = print_sweep(folder)
+    has_best = found_best(folder)
+    if has_best is not None:
+        return 0 if has_best else EXIT_FAILED
+    return EXIT_FAILED if failed or any(exit_codes) else 0
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,12 @@ def check_model(config: RunConfig, environment: Mapping[str, str]) -> None:
     with tempfile.TemporaryFile("w+") as words:
         zygote = zygote_for(environment)
         fork = zygote.fork("preflight", config.model_dump_json(), environment=environment, stderr=words)
-        if fork.wait():
+        try:
+            code = fork.wait()
+        except BaseException:  # an interrupt: the check ends, too
+            zygote.close()
+            raise
+        if code:
             words.seek(0)
             raise ConfigError((words.read().strip().splitlines() or ["model: its plan could not be read"])[-1])
 

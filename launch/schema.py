@@ -62,7 +62,7 @@ class TrainerConfig(Section):
     clip_norm: PositiveFloat | None
     val_every_steps: PositiveInt | None
     log_every_steps: PositiveInt
-    trace_steps: NonNegativeInt  # how many optimizer steps are traced behind the warm-up
+    trace_steps: NonNegativeInt = 0  # how many optimizer steps are traced behind the warm-up
     on_nan: Literal["stop", "skip"]  # what becomes of an optimizer step whose loss or gradient is no number
 
 
@@ -145,7 +145,7 @@ class RunConfig(Section):
     launcher: LauncherConfig
     checkpoint: CheckpointConfig
     hparams: HparamsConfig | None = None
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig = ObjectiveConfig(name="val_loss", loss=None)
     profile: ProfileConfig | None = None
     debug: DebugConfig | None = None
     status: Literal["untested", "measured"] | None  # of a recipe

@@ -183,4 +183,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from launch import zygote  # Python warns of forks beside the lifeline's thread, in __main__ alone visibly
+
+    zygote.main()

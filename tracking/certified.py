@@ -32,6 +32,8 @@ class Verdict(BaseModel):
     def speaks_for(self, record: RunRecord) -> bool:
         """Whether the run did what was certified, with the same code and the same versions."""
         own = record.environment
+        if own.revision is None:
+            return False  # outside of git nobody knows whether it is the same code
         code = {"torch": own.torch, "lightning": own.lightning, "revision": own.revision}
         return self.subject == subject_of(record.config, record.world_size) and code.items() <= self.environment.items()
 

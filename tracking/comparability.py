@@ -1,7 +1,9 @@
 """Which runs may be compared with which: repeats, differing configs, and what is to be doubted."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +16,9 @@ BOOKKEEPING = (
     "name", "run_dir", "logger", "choices", "status", "expect", "resume", "resume_despite", "evidence", "hparams",
     "objective",
 )  # fmt: skip
+
+
+CHECKPOINT = re.compile(r"step-(\d+)$")
 
 
 class Doubt(BaseModel):
@@ -41,6 +46,7 @@ FACTS: tuple[tuple[str, Callable[[RunRecord], Any], str], ...] = (
     ("data", lambda record: record.data, "losses are of different samples"),
     ("content of the data", lambda record: record.config.get("data_digest"), "losses are of different samples"),
     ("tokens per sample", lambda record: record.batch.tokens_per_sample, "losses and times are of other samples"),
+    ("start", lambda record: beginning(record), "losses and times leave out what another run has done"),
     ("optimizer steps", lambda record: record.results.steps, "final losses are of different moments"),
     ("global batch", lambda record: record.batch.global_, "a step is not the same step"),
     ("precision", lambda record: record.precision.name, "losses round, and times and memory count, other formats"),
@@ -53,12 +59,21 @@ FACTS: tuple[tuple[str, Callable[[RunRecord], Any], str], ...] = (
 )
 
 
+def beginning(record: RunRecord) -> int | str:
+    """The optimizer step at which the run began: behind those of another run's checkpoint, if it went on from one."""
+    resume = record.config.get("resume")
+    if not resume or Path(resume).is_relative_to(str(record.config.get("run_dir"))):
+        return 0
+    step = CHECKPOINT.search(str(resume))
+    return int(step[1]) if step else str(resume)
+
+
 def repeat_key(record: RunRecord) -> str:
     """The same for runs that differ by their seed alone."""
     config = {key: value for key, value in record.config.items() if key not in (*BOOKKEEPING, "seed")}
     if isinstance(config.get("data"), Mapping):
         config["data"] = {key: value for key, value in config["data"].items() if key != "seed"}
-    said = [record.strategy, record.model, record.data, record.world_size, record.precision.name, record.batch.global_]
+    said = [record.strategy, record.world_size, *(value(record) for _, value, _ in FACTS)]
     return json.dumps([said, config], sort_keys=True, default=str)
 
 

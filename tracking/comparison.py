@@ -15,6 +15,7 @@ from tracking.curve import Curve, Losses, differences, losses_of, mean_curve, re
 from tracking.gantt import Bar, last_step
 from tracking.labels import groups_of, labels_of, members_of, seed_of
 from tracking.record import Collective, Memory, RunRecord
+from tracking.redact import redact
 from tracking.shown import shown_ranks
 from tracking.sources import Run
 
@@ -61,6 +62,7 @@ class RunFigures(_Figures):
     val_loss: float | None
     loss_difference: float | None  # largest from the reference, of the steps that both logged
     loss_difference_step: int | None
+    compared_steps: int  # that both logged
     loss_digits: int | None  # to which its losses are the reference's, at the step where fewest are
     diverged: bool  # a loss is no number
     tokens_per_s: float | None
@@ -119,6 +121,8 @@ FEWEST_POINTS, MOST_POINTS, POINTS_IN_ALL = 50, 1000, 40_000
 
 FLOAT64_DIGITS = 17
 
+LOSSES = ("train_loss", "val_loss")
+
 SPREADS = (
     "tokens_per_s",
     "tokens_per_s_per_device",
@@ -145,7 +149,9 @@ def compare_runs(
     labels = labels_of(runs, groups)
     reference = _reference(runs, groups)
     losses = [losses_of(run) for run in runs]
-    target = target_loss if target_loss is not None else reached_by_all(losses)
+    # A run that broke off early would set a target that says nothing of the others.
+    complete = [own for own, run in zip(losses, runs, strict=True) if run.record is not None]
+    target = target_loss if target_loss is not None else reached_by_all(complete)
     most = max(FEWEST_POINTS, min(MOST_POINTS, POINTS_IN_ALL // max(len(runs), 1)))
     figures: list[RunFigures] = []
     series = []
@@ -230,7 +236,7 @@ def _figures(
             "folder": None if run.folder is None else run.folder.name,
             "strategy": run.strategy,
             "state": run.state,
-            "error": run.error,
+            "error": run.error and str(redact(run.error)),  # a page is shared, and goes to W&B
             "tokens_per_s_deviation": float(np.std(speeds, ddof=1)) if len(speeds) > 1 else None,
             "verdict": verdict_of(run, certificates),
             "curve": curve,
@@ -245,11 +251,12 @@ def _figures(
 def _losses(losses: Losses, apart: Sequence[float | None], target: float | None) -> dict[str, Any]:
     """Figures of all losses that were logged, more than are drawn."""
     train = losses.train
-    known = [(abs(d), step) for d, step in zip(apart, train.steps, strict=True) if d is not None]
+    known = [(abs(d), s) for d, s in zip(apart, train.steps, strict=True) if d is not None and math.isfinite(d)]
     largest = max(known, default=(None, None), key=lambda pair: pair[0])
     return {
         "loss_difference": largest[0],
         "loss_difference_step": largest[1],
+        "compared_steps": len(known),
         "loss_digits": _digits(train.values, apart),
         "diverged": not all(map(math.isfinite, train.values)),
         "seconds_to_target": time_to(losses, target),
@@ -363,7 +370,7 @@ def uncertified(runs: Sequence[RunFigures]) -> list[Doubt]:
 
 def _missing(run: Run) -> list[str]:
     """What a reader would look for and not find, and why."""
-    lacks = list(run.notes)
+    lacks = [str(redact(note)) for note in run.notes]
     if run.record is None:
         return [*lacks, "no record: the run did not complete"]
     results = run.record.results
@@ -392,9 +399,12 @@ def _series(label: str, places: list[int], figures: Sequence[RunFigures], curve:
 
 def _spread(members: Sequence[RunFigures], figure: str) -> Spread | None:
     values = [value for run in members if (value := getattr(run, figure)) is not None and math.isfinite(value)]
-    if not values:
+    if not values or (figure == "seconds_to_target" and len(values) < len(members)):
         return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
+    # What runs of one seed reach is the same again, and says nothing of chance.
+    by_seed = {run.seed: value for run in members if (value := getattr(run, figure)) is not None}
+    draws = list(by_seed.values()) if figure in LOSSES else values
+    deviation = statistics.stdev(draws) if len(draws) > 1 and all(map(math.isfinite, draws)) else None
     if deviation is None and figure == "tokens_per_s":
         deviation = members[0].tokens_per_s_deviation
     return Spread(mean=statistics.fmean(values), deviation=deviation, count=len(values))

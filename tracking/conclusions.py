@@ -121,7 +121,7 @@ def _losses(comparison: Comparison) -> list[str]:
         sentences.append(f"The loss of {_whose(comparison, diverged)} is no number at some steps.")
     others = [run for run in comparison.runs if run.loss_difference is not None and not _is_reference(comparison, run)]
     others = [run for run in others if run not in diverged]
-    if others:
+    if others and not any(_is_reference(comparison, run) for run in diverged):
         sentences.append(_agreement(comparison, others))
     wrong = [run for run in comparison.runs if run.verdict == "disagrees"]
     right = [run for run in comparison.runs if run.verdict == "agrees"]
@@ -150,15 +150,19 @@ def _agreement(comparison: Comparison, others: Sequence[RunFigures]) -> str:
     apart = [run for run, own in zip(others, digits, strict=True) if own < AGREED_DIGITS]
     worst = max(apart or others, key=lambda run: run.loss_difference or 0.0)
     where = f"{worst.loss_difference:.1e}, {worst.label} at step {worst.loss_difference_step}"
+    fewest = min(run.compared_steps for run in others)
+    steps = "the one step that both logged" if fewest == 1 else f"each of the {fewest} steps or more that both logged"
+    if fewest == max(run.compared_steps for run in others) > 1:
+        steps = f"each of the {fewest} steps that both logged"
     if not worst.loss_difference:
-        return f"Training losses are the same as {comparison.reference}'s at every logged step, to the last bit."
+        return f"Training losses are the same as {comparison.reference}'s at {steps}, to the last bit."
     if apart:
         noise = _seed_noise(comparison, apart)
         whose = _whose(comparison, apart)
         return f"Training losses differ from {comparison.reference}'s in {whose} (most: {where}){noise}."
     return (
-        f"Training losses agree with {comparison.reference}'s to {min(digits)} digits at every logged "
-        f"step (largest difference: {where})."
+        f"Training losses agree with {comparison.reference}'s to {min(digits)} digits at {steps} "
+        f"(largest difference: {where})."
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from tracking.comparability import beginning
 from tracking.history import Column
 from tracking.sources import Run
 
@@ -72,7 +73,7 @@ def _seconds(run: Run, steps: Sequence[int]) -> array[float] | None:
     timed = run.history.get("perf/step_ms", NOTHING)
     step_ms = dict(zip(timed.steps, timed.values, strict=True))
     seconds = array("d")
-    total, before = 0.0, 0
+    total, before = 0.0, _first_step(run, steps)
     for step in steps:
         own = step_ms.get(step, usual_ms)
         if own is None:
@@ -80,6 +81,12 @@ def _seconds(run: Run, steps: Sequence[int]) -> array[float] | None:
         total, before = total + (step - before) * own / 1000, step
         seconds.append(total)
     return seconds
+
+
+def _first_step(run: Run, steps: Sequence[int]) -> int:
+    """The optimizer step before the run's first own one."""
+    began = 0 if run.record is None else beginning(run.record)
+    return began if isinstance(began, int) and steps and began < steps[0] else 0
 
 
 def differences(own: Losses, reference: Losses | None) -> list[float | None]:

@@ -328,14 +328,21 @@ def _config(comparison: Comparison) -> str:
 def _repeats(comparison: Comparison) -> str:
     names = [column for column in COMPARED if any(column.figure in one.spreads for one in comparison.series)]
     rows = [
-        [one.label, str(len(one.runs)), *(_mean(one.spreads.get(column.figure), column) for column in names)]
+        [
+            one.label,
+            str(len({comparison.runs[place].seed for place in one.runs})),
+            str(len(one.runs)),
+            *(_mean(one.spreads.get(column.figure), column) for column in names),
+        ]
         for one in comparison.series
     ]
     about = (
         "Runs that differ by seed alone: mean ± standard deviation. Two means that lie no further apart than their "
         "deviations together are said not to differ."
     )
-    return f'<p class="about">{about}</p>' + _table("Repeats", ["run", "seeds", *(c.heading for c in names)], rows)
+    return f'<p class="about">{about}</p>' + _table(
+        "Repeats", ["run", "seeds", "runs", *(c.heading for c in names)], rows
+    )
 
 
 def _mean(spread: Spread | None, column: Column) -> str:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self, final
@@ -29,7 +30,7 @@ class Environment(_Schema):
     python: str
     torch: str
     lightning: str
-    revision: str | None = Field(description="git commit of Concord, with -dirty if files differ from it")
+    revision: str | None = Field(description="git commit of Concord, with -dirty and a digest if files differ from it")
     os: str
     device: str
     device_count: int
@@ -209,16 +210,24 @@ def host_memory() -> int:
 
 
 def git_revision(root: Path) -> str | None:
-    """Commit of the working tree at `root`, `-dirty` added when a tracked file differs; None outside git."""
+    """Commit of the working tree at `root`, with a digest of what differs in tracked files; None outside git.
+
+    Such as 1f0c...-dirty-2b8e61a4.
+    """
     # Without this check git would find a repository that merely encloses an unpacked archive of ours.
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        revision = git(root, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*").decode().strip()
+        if revision.endswith("-dirty"):
+            revision += f"-{sha256(git(root, 'diff', 'HEAD')).hexdigest()[:8]}"
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    return revision
+
+
+def git(root: Path, *words: str) -> bytes:
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, timeout=10, check=True).stdout
 
 
 def usable_cores() -> int:

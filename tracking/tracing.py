@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -238,14 +239,25 @@ class StepTracer(pl.Callback):
             steps=self.traced,
         )
         path = trace_path(self.run_dir, trainer.global_rank)
-        path.write_text(mine.model_dump_json())
+        with telling_why_not():
+            path.write_text(mine.model_dump_json())
         self.engine.barrier()
         if trainer.is_global_zero:
-            timeline = Timeline(RankTrace.load_all(self.run_dir, trainer.world_size), self.mesh)
-            timeline.write(self.run_dir / "trace.json")
-            self.results = timeline.results()
+            with telling_why_not():
+                timeline = Timeline(RankTrace.load_all(self.run_dir, trainer.world_size), self.mesh)
+                timeline.write(self.run_dir / "trace.json")
+                self.results = timeline.results()
         self.engine.barrier()
-        path.unlink()
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_why_not() -> Iterator[None]:
+    """A run does not fail by its trace: it is about to save what it has trained."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"the traced steps cannot be kept: {error}\n")
 
 
 @final

@@ -47,9 +47,10 @@ def log_artifacts(kept: Sequence[Kept], config: WandbConfig, *, folder: Path) ->
     try:
         for number, one in enumerate(kept):
             run.log_artifact(_artifact(one, Path(run.settings.sync_dir, "artifacts", str(number))))
-    except TROUBLE as error:
+    except (*TROUBLE, OSError) as error:
         say(f"not all artifacts are logged ({first_line(error)}).")
-    finish_run(run, ok=True)
+    finally:
+        finish_run(run, ok=True)
     return sync_command(run) if run.settings.mode == "offline" else run.url
 
 

@@ -79,6 +79,8 @@ def start_run(
         "config": redact(run_config),
         "settings": _settings(finish_timeout_s),
     }
+    if "WANDB_SWEEP_ID" in os.environ:  # whose parameters stand in the place of the sections that they are named like
+        keys["config"] = {**keys["config"], "resolved": keys["config"]}
     return _online(keys) if mode == "online" else wandb.init(mode="offline", **keys)
 
 

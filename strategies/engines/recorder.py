@@ -1,4 +1,4 @@
-"""debug=flight_recorder: the last collectives of each rank, left behind when the run hangs or fails."""
+"""debug=flight_recorder: the last collectives of each rank when the run hangs, or of one that fails."""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ import pytest
 
 from launch.compose import compose
 from launch.dispatch import dispatch, environment, load_resolved
-from launch.zygote import Zygote, zygote_for
+from launch.job import resolve
+from launch.preflight import check_model
+from launch.schema import validate
+from launch.zygote import Fork, Zygote, end_zygote, zygote_for
 from tests.launch.command import REPOSITORY, TINY, alive, family, rank_process, start, train, wait_for
 from tracking.record import RunRecord
 
@@ -192,3 +195,18 @@ def test_zygote_is_kept_for_the_same_environment_and_made_anew_for_another() -> 
     third = zygote_for({**os.environ, "A": "2"})
     assert third is not other and third.usable
     third.close()
+
+
+def test_interrupted_check_of_a_model_ends_with_its_zygote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its exit code would be taken for the next fork's number."""
+
+    def interrupt(fork: Fork, timeout: float | None = None) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fork, "wait", interrupt)
+    config = resolve(validate(compose([*TINY, "strategy=pipeline"])))
+    variables = environment(config)
+    with pytest.raises(KeyboardInterrupt):
+        check_model(config, variables)
+    assert zygote_for(variables).process.poll() is None  # another one
+    end_zygote()

@@ -69,6 +69,17 @@ def test_a_search_that_is_over_runs_nothing_when_it_is_resumed(
     assert run.stdout.strip().splitlines()[-1] == first.stdout.strip().splitlines()[-1]
 
 
+def test_another_search_in_the_folder_of_one_is_refused(
+    search: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = search
+    page = folder / "compare.html"
+    before = page.stat().st_mtime_ns
+    run = train(folder.parent, *SEARCH, "hparams=lr", "hparams.trials=2", "strategy=single")
+    assert run.returncode == 2 and "already holds a search" in run.stderr
+    assert "best is trial" not in run.stdout and page.stat().st_mtime_ns == before
+
+
 @pytest.mark.slow
 def test_an_interrupted_search_is_resumed_at_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["hparams=lr", "hparams.trials=3", "trainer.max_steps=40", "model._target_=tests.launch.hanging.IsSlow"]

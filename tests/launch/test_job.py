@@ -1,6 +1,9 @@
 """Rules between keys that need a machine or a launcher that is not here: the border is what nvidia-smi answers."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from launch import hardware, job
 from launch.compose import compose
@@ -10,6 +13,12 @@ from launch.schema import ConfigError, validate
 
 ANSWER = "0, GPU-aa11, NVIDIA T4, 7.5\n1, GPU-bb22, NVIDIA A100-SXM4-80GB, 8.0\n"
 T4, A100 = hardware.parse(ANSWER)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).with_name("resolved").iterdir()), ids=lambda path: path.stem)
+def test_the_config_of_an_older_run_is_still_read(path: Path) -> None:
+    config = validate(yaml.safe_load(path.read_text()))
+    assert config.strategy["name"] == "zero1" and config.trainer.trace_steps == 0
 
 
 def refusal(*overrides: str, **joined: int) -> str:

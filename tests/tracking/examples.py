@@ -40,7 +40,7 @@ def record(**changes: Any) -> RunRecord:
             python="3.11.7",
             torch="2.13.0",
             lightning="2.6.6",
-            revision=None,
+            revision="1f0c" * 10,
             os="Linux 6",
             device="a processor",
             device_count=1,

@@ -12,7 +12,7 @@ from tracking.certified import Verdict, subject_of
 from tracking.comparison import Comparison, RunFigures, Series, compare_runs
 from tracking.conclusions import conclusions
 from tracking.gantt import Bar, idle_share, spent_ms
-from tracking.history import column_of
+from tracking.history import column_of, history_of
 from tracking.record import Environment, Precision
 from tracking.shown import MOST_RANKS, shown_ranks
 from tracking.sources import Run
@@ -140,7 +140,9 @@ def test_the_conclusions_name_the_fastest_the_leanest_and_its_price() -> None:
 
 
 def test_the_conclusions_say_whether_losses_agree() -> None:
-    assert "the same as single's at every logged step, to the last bit" in said(run("single"), run("ddp"))
+    assert "the same as single's at each of the 3 steps that both logged, to the last bit" in said(
+        run("single"), run("ddp")
+    )
     near = said(run("single"), run("ddp", losses=(4.0, 3.0, 2.000015)))
     assert "agree with single's to 5 digits" in near and "1.5e-05, ddp at step 30" in near
     far = said(run("single"), run("ddp"), run("zero1", losses=(4.0, 3.5, 2.0)))
@@ -171,6 +173,59 @@ def test_what_makes_runs_incomparable_is_told() -> None:
     assert told["precision"].startswith("precision differs: fp32 (all others), bf16 (zero1)")
     alike = [run("single"), run("ddp")]
     assert not compare_runs(alike, certificates=[certificate_of(alike[1])]).doubts
+
+
+def test_runs_of_one_config_on_other_software_are_no_repeats_and_are_warned_of() -> None:
+    newer = record().environment.model_copy(update={"torch": "9.9", "device": "another"})
+    comparison = compare_runs([run("single"), run("ddp"), run("ddp", seed=2, changes={"environment": newer})])
+    assert [len(one.runs) for one in comparison.series] == [1, 1, 1]
+    assert {"torch", "device"} <= {doubt.fact for doubt in comparison.doubts}
+
+
+def test_what_another_run_trained_is_not_this_run_s_time() -> None:
+    config = {"resume": "elsewhere/checkpoints/step-00000005", "run_dir": "here"}
+    own = config | {"resume": "here/checkpoints/step-00000005"}
+    comparison = compare_runs(
+        [run("single"), run("ddp", config=config, step_ms=200.0), run("fsdp", config=own, step_ms=200.0)]
+    )
+    assert figures(comparison, "ddp").curve.seconds == pytest.approx([1.0, 3.0, 5.0])
+    assert figures(comparison, "fsdp").curve.seconds == pytest.approx([2.0, 4.0, 6.0])
+    assert [doubt.text for doubt in comparison.doubts if doubt.fact == "start"] == [
+        "start differs: 0 (single, fsdp), 5 (ddp); losses and times leave out what another run has done."
+    ]
+
+
+def test_a_reference_that_diverged_says_nothing_of_others() -> None:
+    text = said(run("single", losses=(4.0, math.nan, math.nan)), run("ddp"))
+    assert "The loss of single is no number" in text
+    assert "to the last bit" not in text and "Training losses" not in text
+
+
+def test_agreement_is_said_of_the_steps_that_both_logged() -> None:
+    other = run("ddp")
+    other.history["train/loss"] = column_of({15: 9.0, 30: 2.0})
+    assert "are the same as single's at the one step that both logged, to the last bit" in said(run("single"), other)
+
+
+def test_a_run_that_broke_off_sets_no_target() -> None:
+    broken = Run(name="zero1", strategy="zero1", state="failed", history=history_of([{"step": 1, "train/loss": 9.0}]))
+    assert compare_runs([run("single"), run("ddp"), broken]).target_loss == 2.0
+
+
+def test_runs_of_one_seed_tell_nothing_of_other_seeds() -> None:
+    same = compare_runs([run("single"), run("single"), run("ddp", losses=(4.0, 3.0, 2.5))])
+    assert same.series[0].spreads["train_loss"].deviation is None
+    assert "spread over seeds" not in " ".join(conclusions(same))
+
+
+def test_repeats_that_did_not_all_reach_a_loss_have_no_time_to_it() -> None:
+    repeats = [run("ddp", seed=1), run("ddp", seed=2, losses=(4.0, 3.0, 2.9))]
+    assert "seconds_to_target" not in compare_runs(repeats, target_loss=2.5).series[0].spreads
+
+
+def test_no_secret_of_an_error_is_on_the_page() -> None:
+    broken = Run(name="x", strategy="x", state="failed", error="https://bob:hunter2@host/x?api_key=sk-1 is lost")
+    assert compare_runs([broken]).runs[0].error == "https://***@host/x?api_key=*** is lost"
 
 
 def test_only_what_differs_in_the_configs_is_listed() -> None:
@@ -262,7 +317,7 @@ def test_a_run_says_what_it_lacks() -> None:
     assert figures(compare_runs([whole]), "ddp").missing == []
 
 
-def certificate_of(made: Run, verdict: str = "agrees", **environment: str) -> Verdict:
+def certificate_of(made: Run, verdict: str = "agrees", **environment: str | None) -> Verdict:
     assert made.record is not None
     content = {
         "verdict": verdict,
@@ -283,10 +338,10 @@ def test_a_run_that_nothing_certifies_is_warned_of() -> None:
     assert "scripts/verify.py -m strategy=zero1, with" in doubt.text
 
 
-@pytest.mark.parametrize("changed", [{"torch": "2.0"}, {"revision": "0000"}])
-def test_a_certificate_of_other_code_does_not_count(changed: dict[str, str]) -> None:
+@pytest.mark.parametrize("changed", [{"torch": "2.0"}, {"revision": "0000"}, {"revision": None}])
+def test_a_certificate_of_other_code_does_not_count(changed: dict[str, str | None]) -> None:
     ddp = run("ddp")
-    assert compare_runs([ddp], certificates=[certificate_of(ddp, **changed)]).runs[0].verdict is None
+    assert compare_runs([ddp], certificates=[certificate_of(ddp, "agrees", **changed)]).runs[0].verdict is None
 
 
 def test_a_certificate_holds_for_other_rates_and_lengths_but_not_for_another_net() -> None:

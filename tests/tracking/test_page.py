@@ -206,6 +206,58 @@ def test_the_charts_draw_the_figures(browser: Tab, written: tuple[Path, Comparis
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chart", "figure"),
+    [
+        ("speed", "tokens_per_s"),
+        ("device", "tokens_per_s_per_device"),
+        ("efficiency", "efficiency"),
+        ("mfu", "mfu"),
+        ("scaling", "speed_up"),
+        ("pareto", "seconds_to_target"),
+    ],
+)
+def test_every_mean_is_drawn(browser: Tab, written: tuple[Path, Comparison], chart: str, figure: str) -> None:
+    path, comparison = written
+    browser.open(path, width=1400, scheme="light")
+    data = f"document.getElementById('{chart}-chart').data"
+    drawn = {
+        "scaling": f"{data}.filter(t => t.mode === 'markers').map(t => t.y[0])",
+        "pareto": f"{data}.filter(t => t.mode === 'markers+text').map(t => t.x[0])",
+    }.get(chart, f"{data}[0].x.toReversed()")
+    means = [one.spreads[figure].mean for one in comparison.series if figure in one.spreads]
+    assert len(means) > 10
+    assert browser.evaluate(drawn) == pytest.approx(means)
+
+
+@pytest.mark.slow
+def test_traffic_waits_and_the_traced_step_are_drawn(browser: Tab, written: tuple[Path, Comparison]) -> None:
+    path, comparison = written
+    browser.open(path, width=1400, scheme="light")
+    firsts = [comparison.runs[one.runs[0]] for one in comparison.series]
+    parts = browser.evaluate("document.getElementById('traffic-chart').data.map(t => [t.name, t.x.toReversed()])")
+    sent = [sum(megabytes) for megabytes in zip(*(of_runs for _, of_runs in parts), strict=True)]
+    assert {name for name, _ in parts} == {"all-reduce · data", "all-gather · data"}
+    assert sent == pytest.approx([run.sent_bytes / 1e6 for run in firsts if run.sent_bytes])
+    waits = browser.evaluate("document.getElementById('wait-chart').data[0].x.toReversed()")
+    assert waits == pytest.approx([run.wait_share for run in firsts if run.wait_share is not None])
+    shown = next(run for run in comparison.runs if run.gantt)
+    bars = browser.evaluate("document.getElementById('gantt-chart').data.map(t => [t.name, t.base, t.x])")
+    assert {name: sorted(zip(starts, lengths, strict=True)) for name, starts, lengths in bars} == {
+        category: sorted((bar.start_ms, bar.duration_ms) for bar in shown.gantt if bar.category == category)
+        for category in {bar.category for bar in shown.gantt}
+    }
+
+
+@pytest.mark.slow
+def test_a_page_of_failed_runs_alone_has_nothing_to_complain_of(browser: Tab, tmp_path: Path) -> None:
+    write_page(compare_runs([failed("ddp"), failed("zero1")]), tmp_path / "compare.html")
+    browser.open(tmp_path / "compare.html", width=1400, scheme="light")
+    assert browser.complaints == []
+    assert browser.evaluate("document.querySelectorAll('#shown span svg').length") == 2
+
+
+@pytest.mark.slow
 def test_the_keyboard_reaches_everything(browser: Tab, written: tuple[Path, Comparison]) -> None:
     path, comparison = written
     browser.open(path, width=1400, scheme="light")

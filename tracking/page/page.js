@@ -160,6 +160,7 @@ function drawBars(id, figure, title, format, scale = 1) {
 }
 
 function drawScaling() {
+  if (!at("scaling-chart")) return;
   const list = shown().filter((one) => "speed_up" in one.spreads && one.ranks);
   const most = Math.max(...series.map((one) => one.ranks ?? 1));
   const least = Math.min(...series.map((one) => one.ranks ?? most));
