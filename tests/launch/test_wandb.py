@@ -158,5 +158,6 @@ def test_a_sweep_of_w_and_b_runs_against_train(tmp_path: Path) -> None:
     assert (result.run_id, result.group) == ("run7", "sweep5")
     assert result.strategy == chosen["strategy"]
     assert result.config["optimizer"]["lr"] == chosen["optimizer.lr"]
-    # W&B has the sweep's choices beside the rest of the config, where its charts of parameters look for them.
+    # W&B has the sweep's choices where its charts of parameters look for them, and the whole config besides.
     assert {key: made["config"]["update"][key] for key in chosen} == chosen
+    assert made["config"]["update"]["resolved"]["strategy"]["name"] == chosen["strategy"]
