@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,7 @@ def run_job(config: DictConfig) -> float:
         prepare_tree(config, hydra, run_dir)
         name = str(OmegaConf.select(config, "strategy.name"))
         status = dispatch(run_dir, name, lambda: tree_of(config, hydra), again=config.resume == AUTO)
-    in_sweep = hydra.mode == RunMode.MULTIRUN
-    if status.error:
-        print(f"{run_dir.name + ': ' if in_sweep else ''}{status.error}", file=sys.stderr)
-    dumps = run_dir / "flight_recorder" / "dumps"
-    if status.state == "failed" and dumps.exists():
-        print(f"what each rank has sent: {dumps.parent}; compare the ranks by `torchfrtrace {dumps} --prefix rank`")
-    if status.state == "completed" and not in_sweep:
-        print_runs([read_run(run_dir)])
-    if status.state == "completed" and config.expect is not None:
-        print("the recipe expects " + ", ".join(f"{key} {value}" for key, value in config.expect.items()))
+    tell_run(status, run_dir, config.expect, in_sweep=hydra.mode == RunMode.MULTIRUN)
     exit_codes.append(status.exit_code or 0)
     if status.state != "completed":
         return math.nan
@@ -67,6 +58,19 @@ def run_job(config: DictConfig) -> float:
         if config.get("hparams") is not None:
             print(f"{run_dir.name}: {error}; the trial counts as failed.", file=sys.stderr)
         return math.nan
+
+
+def tell_run(status: RunStatus, run_dir: Path, expect: Mapping[str, Any] | None, *, in_sweep: bool) -> None:
+    """Say what became of a run; of a sweep's the table at its end says the rest."""
+    if status.error:
+        print(f"{run_dir.name + ': ' if in_sweep else ''}{status.error}", file=sys.stderr)
+    dumps = run_dir / "flight_recorder" / "dumps"
+    if status.state == "failed" and dumps.exists():
+        print(f"what each rank has sent: {dumps.parent}; compare the ranks by `torchfrtrace {dumps} --prefix rank`")
+    if status.state == "completed" and not in_sweep:
+        print_runs([read_run(run_dir)])
+        if expect is not None:
+            print("the recipe expects " + ", ".join(f"{key} {value}" for key, value in expect.items()))
 
 
 def prepare_tree(config: DictConfig, hydra: Any, run_dir: Path) -> None:
