@@ -83,11 +83,13 @@ def test_traffic_is_what_the_spec_says(run: Any) -> None:
         counted = {(row.collective, row.axis, row.ranks): row for row in rows}
         for key, sent in expected.items():
             assert counted[key].payload == pytest.approx(sent.payload, rel=0.01), key
-            assert counted[key].seconds is not None and counted[key].seconds > 0
+            assert counted[key].seconds is not None
             events = [event for event in trace if event.rank == rank and event.name == sent.collective]
             assert len(events) == counted[key].calls  # of one step
             assert sum(event.details["bytes"] for event in events) == counted[key].payload
             assert {event.details["axis"] for event in events} == {sent.axis}
+    # Ranks' clocks are known to fractions of a millisecond: a short collective may seem to be over before it began.
+    assert sum(row.seconds or 0.0 for rows in results.traffic for row in rows) > 0
 
 
 def test_the_last_step_of_a_short_run_is_traced_and_its_lanes_are_there(run: Any) -> None:
