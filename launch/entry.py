@@ -179,5 +179,13 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename} cannot be written: {error.strerror}; choose another run_dir (or hydra.sweep.dir)."
     words = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     lines = [line.strip() for word in words for line in word.splitlines()]
-    noise = ("full_key:", "object_type=", "reference_type=", "To append to your", "See https", "Config search path")
+    noise = (
+        "full_key:",
+        "object_type=",
+        "reference_type=",
+        "To append to your",
+        "See https",
+        "Config search path",
+        "provider=",
+    )
     return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
