@@ -83,6 +83,15 @@ def caught(process: psutil.Process) -> set[signal.Signals]:
     return {number for number in signal.Signals if mask >> (number - 1) & 1}
 
 
+def is_stopped(process: psutil.Process) -> bool:
+    """Whether SIGSTOP has reached all threads of a process, which a busy machine takes its time for."""
+    try:
+        states = [psutil.Process(thread.id).status() for thread in process.threads()]
+    except psutil.NoSuchProcess:  # a thread that has just ended
+        return False
+    return set(states) == {psutil.STATUS_STOPPED}
+
+
 def test_forked_process_ends_as_a_program_does() -> None:
     program = subprocess.run(
         [sys.executable, "-c", ENDINGS], cwd=REPOSITORY, capture_output=True, text=True, timeout=90
@@ -133,7 +142,9 @@ def test_killed_agent_takes_its_ranks_with_it(tmp_path: Path) -> None:
 
 def test_rank_that_does_not_end_when_told_is_killed(tmp_path: Path) -> None:
     process, processes = start_training(tmp_path)
-    rank_process(process.pid, 1).suspend()  # SIGTERM has to wait now, SIGKILL does not
+    stopped = rank_process(process.pid, 1)
+    stopped.suspend()  # SIGTERM has to wait now, SIGKILL does not
+    wait_for(lambda: is_stopped(stopped), "every thread to stop: one that still runs takes SIGTERM for all")
     began = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 130
