@@ -33,6 +33,17 @@ Program = Literal["agent", "preflight"]
 NUMBER = struct.Struct("!q")  # how pids, exit codes and lengths travel
 
 
+def start_process(descriptor: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a zygote that serves the socket `descriptor`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.zygote", str(descriptor)],
+        env=environment,
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C reaches the dispatcher alone, which ends the ranks in order
+    )
+
+
 class Zygote:
     """The dispatcher's end of a zygote; `environment` is that of all it forks but for the number of threads."""
 
@@ -41,13 +52,7 @@ class Zygote:
         self.owner = os.getpid()
         self.channel, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "launch.zygote", str(theirs.fileno())],
-                env=parented(self.environment),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C reaches the dispatcher alone, which ends the ranks in order
-            )
+            self.process = start_process(theirs.fileno(), parented(self.environment))
 
     def fork(
         self, program: Program, *arguments: str, environment: Mapping[str, str], stderr: IO[str] | None = None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import TINY, train
+from tests.launch.command import TINY
+from tests.launch.warm import train
 
 NO_BLOCKS = ["model=vit_tiny", "data=digits", "model._target_=tests.strategies.own_models.DropsOut"]
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.launch.command import REPOSITORY, TINY, start, train, user_environment, wait_for
+from tests.launch.command import REPOSITORY, TINY, user_environment, wait_for
+from tests.launch.warm import start, train
 from tests.tracking.runs import measured, run
 
 pytestmark = pytest.mark.slow

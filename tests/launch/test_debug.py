@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import TINY, train, user_environment
+from tests.launch.command import TINY, user_environment
 from tests.launch.hanging import HANGING_RANK
 from tests.launch.nan_parts import MICRO_BATCH, PLACE, STEP
+from tests.launch.warm import train
 
 # Two micro-batches in each step, also of a pipeline, which has cut `PLACE` to its second rank.
 DEEP = [*TINY, "model.net.num_layers=4", "checkpoint.at_end=false", "run_dir=run"]

@@ -2,14 +2,14 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.launch.command import TINY, alive, family, rank_process, start, train, wait_for
+from tests.launch.command import TINY, alive, family, rank_process, wait_for
+from tests.launch.warm import Command, start, train
 from tracking.status import read_status
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ def training(run_dir: Path) -> bool:
     return metrics.exists() and len(metrics.read_text().splitlines()) > 2
 
 
-def start_training(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+def start_training(folder: Path) -> tuple[Command, list[psutil.Process]]:
     """A run that has taken its first steps, and all its processes."""
     process = start(folder, *ENDLESS)
     wait_for(lambda: training(folder / "run") or process.poll() is not None, "the first steps")

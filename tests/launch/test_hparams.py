@@ -10,7 +10,8 @@ import yaml
 
 from launch.entry import objective
 from launch.search import split
-from tests.launch.command import TINY, start, train, wait_for
+from tests.launch.command import TINY, wait_for
+from tests.launch.warm import start, train
 from tests.tracking.runs import run as made_run
 from tracking.record import RunRecord
 from tracking.status import read_status

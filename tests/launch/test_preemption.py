@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from strategies.checkpoint import Manifest, checkpoints
-from tests.launch.command import REPOSITORY, TINY, alive, family, start, train, user_environment, wait_for
+from tests.launch.command import REPOSITORY, TINY, alive, family, user_environment, wait_for
 from tests.launch.signalling import AFTER_STEPS
+from tests.launch.warm import Command, start, train
 from tracking.record import RunRecord
 from tracking.status import read_status
 
@@ -72,7 +73,7 @@ def test_signalled_run_saves_and_goes_on_as_if_nothing_had_been(
     assert results[0].val_loss == results[1].val_loss
 
 
-def signal_during_a_save(folder: Path, number: int) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+def signal_during_a_save(folder: Path, number: int) -> tuple[Command, list[psutil.Process]]:
     """A run that saves every step gets a signal while a checkpoint is half written; SIGKILL goes to all its ranks."""
     process = start(folder, *RUN, "trainer.max_steps=1000000", "checkpoint.every_steps=1")
     made = folder / "run" / "checkpoints"

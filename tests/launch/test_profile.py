@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.command import TINY, train
+from tests.launch.command import TINY
+from tests.launch.warm import train
 from tracking.record import RunRecord
 
 STEPS = ["trainer.max_steps=9", "checkpoint.at_end=false", "run_dir=run"]

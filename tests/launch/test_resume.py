@@ -13,7 +13,8 @@ import pytest
 from launch.dispatch import load_resolved
 from launch.resume import newest_good
 from strategies.checkpoint import MANIFEST, checkpoints
-from tests.launch.command import TINY, start, train, wait_for
+from tests.launch.command import TINY, wait_for
+from tests.launch.warm import start, train
 from tracking.status import read_status
 
 

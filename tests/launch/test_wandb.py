@@ -14,7 +14,8 @@ import yaml
 from launch.compose import compose
 from launch.schema import validate
 from launch.sweep import print_sweep
-from tests.launch.command import REPOSITORY, TINY, train, user_environment
+from tests.launch.command import REPOSITORY, TINY, user_environment
+from tests.launch.warm import train
 from tests.tracking.examples import record
 from tracking.record import RunRecord
 from tracking.sources import collect

@@ -15,21 +15,12 @@ import pytest
 
 from launch.failure import first_failure
 from launch.hang import Standing, ended_path, judge
-from tests.launch.command import (
-    REPOSITORY,
-    TINY,
-    alive,
-    family,
-    rank_process,
-    start,
-    train,
-    user_environment,
-    wait_for,
-)
+from tests.launch.command import REPOSITORY, TINY, alive, family, rank_process, user_environment, wait_for
 from tests.launch.hanging import HANGING_RANK, STEPS_BEFORE
 from tests.launch.test_failures import ENDLESS, training
+from tests.launch.warm import Command, start, train
 
-TIMEOUT_S = 30.0  # more than any rank needs between two beats while it starts, where cores are busy
+TIMEOUT_S = 20.0  # more than any rank needs between two beats while it starts, where cores are busy
 # Start-up, the time of the watchdog, its grace, and the ten seconds that a rank gets which does not end by itself.
 BOUND_S = TIMEOUT_S + 120
 
@@ -38,7 +29,7 @@ def ranks_logs(run_dir: Path) -> list[str]:
     return [(run_dir / f"ranks/{rank}.log").read_text() for rank in range(2)]
 
 
-def finish(process: subprocess.Popen[str], processes: list[psutil.Process]) -> None:
+def finish(process: Command, processes: list[psutil.Process]) -> None:
     assert process.wait(timeout=BOUND_S) == 1
     wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=5)
 

@@ -23,7 +23,8 @@ from strategies.weights import INDEX
 from tests.agreement.cases import Case
 from tests.agreement.grid_cases import GridCase
 from tests.agreement.test_agreement import train_case
-from tests.launch.command import TINY, train
+from tests.launch.command import TINY
+from tests.launch.warm import train
 from tracking.evidence import Evidence
 
 

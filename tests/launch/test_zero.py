@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import TINY, train
+from tests.launch.command import TINY
+from tests.launch.warm import train
 from tracking.record import RunRecord
 
 
