@@ -19,11 +19,11 @@ demo: setup  ## Train a small GPT on the bundled text under every strategy, and 
 	@$(BIN)/python train.py -m recipe=demo 'strategy=glob(*,$(EVERYWHERE))'
 
 test: setup  ## Run the whole test-suite.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@$(BIN)/python -m pytest -m alone tests/strategies/test_bubble.py tests/tracking/test_tracing.py
 
 test-fast: setup  ## Run the tests that take less than 10 s each.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not matrix and not alone'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not matrix and not alone'
 
 matrix: setup  ## Prove the agreement of every preset and schedule at 2, 4 and 8 ranks, each switch both ways (100 cases).
 	@$(BIN)/python -m pytest -n 2 -m matrix tests/agreement

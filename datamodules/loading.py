@@ -1,9 +1,11 @@
 """Samples as PyTorch loaders under a Lightning Trainer: every rank reads its own slice of every step."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -11,6 +13,21 @@ from datamodules.order import Indices, Order, evaluation_batches, evenly_spaced
 from datamodules.spec import SampledData, Samples
 
 Batch = torch.Tensor | list[torch.Tensor]
+
+
+def begin_worker(number: int) -> None:
+    """Seed a loader's worker as Lightning does, and have it let the first signal to end pass.
+
+    Who ends a job may send it to all processes; the run then ends in order, and its workers with it. A second one comes
+    from the rank itself, to a worker that is still there.
+    """
+    pl_worker_init_function(number)
+
+    def pass_over(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(ending, pass_over)
 
 
 class TrainSampler(Sampler[Indices]):
@@ -139,5 +156,6 @@ class SampleDataModule(LightningDataModule):
             "batch_size": None,
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
+            "worker_init_fn": begin_worker,
             "pin_memory": self._sees_batches and self._trainer.strategy.root_device.type == "cuda",
         }

@@ -4,11 +4,12 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -16,7 +17,9 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch.fork import Forked, become_rank, preload
+from launch.job import Job
 from launch.lifeline import parented
+from launch.signals import leave_to_dispatcher
 
 EXIT_RANK_FAILED = 1
 
@@ -40,25 +43,33 @@ def run_ranks(run_dir: Path, num_ranks: int) -> dict[int, int]:
     try:
         elastic_launch(config, sys.executable)("-m", "launch.worker", str(run_dir))
     except ChildFailedError as error:
-        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return {rank: failure.exitcode for rank, failure in error.failures.items() if rank not in Rank.killed}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return {}
 
 
-def start_by_fork(run_dir: Path) -> None:
-    """Let the agent fork each rank of this run where it would execute `python -m launch.worker`.
+class Rank(SubprocessHandler):
+    """A rank as torchrun's agent knows it. It leaves signals to the dispatcher: where it must end, it is killed.
 
     torchrun's own forks are for functions: of those that fail it names one, it gives the others 30 s to end, and calls
     no excepthook. So to the agent a rank stays a program; it is only born in another way.
+
+    job: of ranks that are forked; None where the agent executes `python -m launch.worker`.
+    killed: those that still ran when another failed.
     """
-    job = preload(run_dir)
 
-    class ForkedRank(SubprocessHandler):
-        def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
-            return Forked(lambda: become_rank(job, env))
+    job: ClassVar[Job | None] = None
+    killed: ClassVar[set[int]] = set()
 
-    api.get_subprocess_handler = ForkedRank  # type: ignore[assignment]
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
+        leave_to_dispatcher()  # the agent, too, which torchrun has given handlers of its own by now
+        job = self.job
+        return super()._popen(args, env) if job is None else Forked(lambda: become_rank(job, env))
+
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        self.killed.add(self.local_rank_id)
+        super().close(signal.SIGKILL)
 
 
 def main(run_dir: str, num_ranks: str, start: str) -> int:
@@ -67,12 +78,13 @@ def main(run_dir: str, num_ranks: str, start: str) -> int:
     logging.disable(logging.CRITICAL)
     with suppress(OSError):  # what ps and top call this process; Linux alone takes it so
         Path("/proc/self/comm").write_text("agent")
-    if start == "fork":
-        start_by_fork(Path(run_dir))
+    leave_to_dispatcher()
     try:
+        Rank.job = preload(Path(run_dir)) if start == "fork" else None
+        api.get_subprocess_handler = Rank  # type: ignore[assignment]
         failed = run_ranks(Path(run_dir), int(num_ranks))
-    except SignalException as error:
-        return 128 + error.sigval
+    except (SignalException, KeyboardInterrupt):  # the dispatcher's; torchrun handles it from its first rank on
+        return 128 + signal.SIGINT
     if failed:
         with suppress(OSError):  # on a full disk the exit code alone must do
             (Path(run_dir) / "ranks" / "exit_codes.json").write_text(json.dumps(failed))

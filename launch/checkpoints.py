@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -37,8 +37,9 @@ class Checkpoints(pl.Callback):
     Put it last: a run that ends on a signal ends here.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.config = job, job.config.checkpoint
+    def __init__(self, job: Job, gets_on: Callable[[], None] = checkpoint.nothing) -> None:
+        """`gets_on` is called as often as a save that is waited for has got on."""
+        self.job, self.config, self.gets_on = job, job.config.checkpoint, gets_on
         self.votes = job.unsaved is None  # else there is no telling that ranks come by here equally often
         self.saves = self.votes and (self.config.asked or not job.config.evidence)
         self.saved_step: int | None = None
@@ -59,6 +60,7 @@ class Checkpoints(pl.Callback):
             world_size=trainer.world_size,
             asynchronous=self.config.asynchronous,
             after=partial(sweep, self.job.run_dir, **keep),
+            gets_on=self.gets_on,
         )
         if trainer.is_global_zero:
             clear(self.job.run_dir, trainer.global_step)  # of what an earlier attempt has left
@@ -66,6 +68,7 @@ class Checkpoints(pl.Callback):
             # A collective: nobody writes before the folder is clear.
             self.vote = Vote(trainer.world_size, collective_timeout_s(self.job.config))
         self.saved_at = time.monotonic()
+        self.saved_since = False  # the ballot whose outcome comes next, which could not know of it
         if self.job.config.resume == str(folder_of(self.job.run_dir, trainer.global_step)):
             self.saved_step = trainer.global_step  # it is this very checkpoint that the run goes on from
 
@@ -78,6 +81,7 @@ class Checkpoints(pl.Callback):
         step, every = trainer.global_step, self.config.every_steps
         self.draws = list(self.draws_now(trainer)) if self.validates(step) else []
         signal, minutes_due = self.vote.cast(self.asked(trainer), int(self.minutes_are_over(trainer)))
+        minutes_due, self.saved_since = minutes_due and not self.saved_since, False
         is_last = step == trainer.max_steps and bool(self.config.at_end)  # "auto" asks for it, too
         if self.saves and (is_last or minutes_due or (every is not None and step % every == 0)):
             self.save(trainer)
@@ -106,23 +110,29 @@ class Checkpoints(pl.Callback):
         if self.votes:
             self.vote.outcome()  # of the last ballot: no collective is left under way
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "writer"):  # else the fit has not begun
+            self.writer.settle()
+
     def asked(self, trainer: pl.Trainer) -> int:
         return asked_by(self.job.run_dir, is_first=trainer.is_global_zero)
 
     def minutes_are_over(self, trainer: pl.Trainer) -> bool:
         """By the clock of the first rank."""
         every = self.config.every_minutes
-        return trainer.is_global_zero and every is not None and time.monotonic() - self.saved_at >= 60 * every
+        due = every is not None and time.monotonic() - self.saved_at >= 60 * every
+        return trainer.is_global_zero and due and self.writer.is_over
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save the step that lies behind, unless it is saved already."""
         if self.saved_step == trainer.global_step:
             return
-        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        self.saved_step, self.saved_since = trainer.global_step, True
         for callback in cast(Any, trainer).callbacks:
             callback.on_save_checkpoint(trainer, trainer.lightning_module, {})  # the meter leaves this step out
         folder = folder_of(self.job.run_dir, trainer.global_step)
         self.writer.save(folder, self.named(trainer), partial(filled, self.manifest(trainer)))
+        self.saved_at = time.monotonic()
 
     def end(self, trainer: pl.Trainer, signal: int) -> None:
         """End the run, on all ranks at once, with its last whole step saved if it can be."""

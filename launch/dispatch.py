@@ -36,7 +36,7 @@ LAUNCHER_VARIABLES = (
     "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS",
 )  # fmt: skip
 
-# Ranks that are told to end get this long before they are killed; a failed run is to be over within 30 s.
+# An agent that is interrupted gets this long, in which it kills its ranks; a failed run is to be over within 30 s.
 SHUTDOWN_S = 10
 
 FULL_BYTES = 2**20  # less than this left is a full disk: logs and records no longer fit
@@ -222,7 +222,6 @@ def environment(config: RunConfig) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(config.launcher.threads_per_rank),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
     }
 
 
@@ -233,8 +232,8 @@ def ending(process: Fork) -> Iterator[None]:
         yield
     except BaseException:
         tree = descendants(process)
-        process.terminate()
-        psutil.wait_procs(tree, timeout=SHUTDOWN_S + 3)  # the agent gives its ranks SHUTDOWN_S
+        process.interrupt()
+        psutil.wait_procs(tree, timeout=SHUTDOWN_S)
         for survivor in tree:
             if survivor.is_running():
                 survivor.kill()

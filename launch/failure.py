@@ -89,7 +89,7 @@ def raised(words: Sequence[tuple[Any, int]]) -> Failure | None:
 
 
 def first_failure(run_dir: Path, world_size: int, oom_kills_before: int) -> Failure | None:
-    """The failure that came first: a signal (other than the agent's SIGTERM) before any exception, then by time.
+    """The failure that came first: a signal before any exception, then by time.
 
     A rank that dies by a signal leaves no word, while its peers then complain of a lost connection: so signals lead.
     When ranks have said that the run hangs, that is the cause, unless an exception came before; what signals then end
@@ -103,13 +103,13 @@ def first_failure(run_dir: Path, world_size: int, oom_kills_before: int) -> Fail
         return raised(words) or Failure(rank=hang.rank, cause=hang.cause)
     codes = {int(rank): code for rank, code in (read_word(run_dir / "ranks" / "exit_codes.json") or {}).items()}
     for rank, code in sorted(codes.items()):
-        if code < 0 and -code != signal.SIGTERM:
+        if code < 0:
             return Failure(rank=rank, cause=signal_cause(-code, oom_kills_before))
     # The agent lists the ranks that fell first; what the others then say is the echo of it.
     words = [(word, rank) for word, rank in words if not codes or rank in codes]
     if first := raised(words):
         return first
-    for rank, code in sorted(codes.items()):
-        cause = signal_cause(-code, oom_kills_before) if code < 0 else f"left with exit code {code}"
-        return Failure(rank=rank, cause=cause)
+    if codes:
+        rank, code = min(codes.items())
+        return Failure(rank=rank, cause=f"left with exit code {code}")
     return None

@@ -27,6 +27,7 @@ from torchmetrics.utilities import prints
 from launch.dispatch import load_resolved
 from launch.job import Job
 from launch.lifeline import die_with_parent
+from launch.signals import leave_to_dispatcher
 from launch.worker import run_rank
 from strategies.engines.deepspeed import import_deepspeed
 from strategies.grid import Grid
@@ -51,6 +52,7 @@ def preload(run_dir: Path) -> Job:
 def become_rank(job: Job, env: Mapping[str, str]) -> None:
     """Be in this forked process what `python -m launch.worker` is in one of its own."""
     os.environ.update(env)
+    leave_to_dispatcher()
     die_with_parent()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP reads it when it is loaded, and no more
     logging.disable(logging.NOTSET)  # it is the agent that is to say nothing

@@ -1,10 +1,13 @@
 """Where a rank's output goes: all of it into its log file, and rank 0's also to the terminal."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import TextIO
+
+from launch.signals import ENDING
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -34,9 +37,12 @@ def tee(path: Path) -> int:
     """File descriptor whose bytes reach both `path` and the present stdout.
 
     A process of its own, so that the last words of a rank that dies by a signal arrive; it ends at end of file,
-    and signals for the run's process group do not reach it.
+    and signals for the run's process group do not reach it, nor do those that ask all of a run's processes to end.
     """
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}  # what is ignored stays so in it
     process = subprocess.Popen(["tee", "--append", str(path)], stdin=subprocess.PIPE, start_new_session=True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert process.stdin is not None
     sink = os.dup(process.stdin.fileno())
     process.stdin.close()

@@ -64,6 +64,17 @@ def remember_signals() -> None:
             signal.signal(number, remember)
 
 
+def leave_to_dispatcher() -> None:
+    """Do nothing on the signals, in a process of a run that has a dispatcher: it is the one that answers them.
+
+    Who ends a job may send them to all its processes (systemd, SLURM at a time limit, a container's init). They are not
+    ignored but handled by a function that does nothing, so that programs started from here know them again.
+    """
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
+
+
 def ask_to_end(run_dir: Path, number: int) -> None:
     """Tell the ranks of a run, from its dispatcher, that it is to end."""
     aside = asked_path(run_dir).with_suffix(".aside")

@@ -10,9 +10,11 @@ import time
 IMPORTED = time.time()
 
 from launch.lifeline import die_with_parent
+from launch.signals import leave_to_dispatcher
 
 if __name__ == "__main__":
     die_with_parent()  # before the seconds that importing torch takes
+    leave_to_dispatcher()
 
 import copy
 import faulthandler
@@ -251,7 +253,7 @@ def train_watched(
             own.append(Restore(job))
         elif config.weights is not None:
             own.append(StartingWeights(Path(config.weights), model))
-        own.append(Checkpoints(job))
+        own.append(Checkpoints(job, watchdog.beat))
         if config.resume is not None:
             own.append(Complete(meter))
         build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())

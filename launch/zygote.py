@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launch.lifeline import die_with_parent, parented
+from launch.signals import leave_to_dispatcher
 
 if TYPE_CHECKING:
     from typing import IO
@@ -114,9 +115,9 @@ class Fork:
             self.zygote.number()
         return self.returncode
 
-    def terminate(self) -> None:
+    def interrupt(self) -> None:
         with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, signal.SIGINT)
 
 
 _zygotes: list[Zygote] = []  # of this process: none or one
@@ -179,6 +180,7 @@ def become(descriptors: list[int], environment: dict[str, str], folder: str, pro
 
 def main() -> None:
     die_with_parent()  # before the seconds that importing torch takes
+    leave_to_dispatcher()
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     from launch import agent, preflight

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -256,19 +257,19 @@ def flush(path: Path) -> None:
 def merged(parts: Iterable[Part]) -> dict[str, Stored]:
     """The tensors that all ranks have written, each box once; ValueError (a bug of the engine) if one is not whole."""
     tensors: dict[str, Stored] = {}
+    pieces: dict[str, dict[Box, Piece]] = defaultdict(dict)
     for part in parts:
         for name, stored in part.tensors.items():
-            so_far = tensors.get(name, stored.model_copy(update={"pieces": []}))
+            so_far = tensors.setdefault(name, stored)
             if (so_far.shape, so_far.dtype) != (stored.shape, stored.dtype):
                 raise ValueError(f"{name} is {so_far.shape} {so_far.dtype} on one rank, {stored.shape} on another.")
-            known = {piece.box for piece in so_far.pieces}
-            fresh = [piece for piece in stored.pieces if piece.box not in known]
-            tensors[name] = so_far.model_copy(update={"pieces": [*so_far.pieces, *fresh]})
+            for piece in stored.pieces:
+                pieces[name].setdefault(piece.box, piece)
     for name, stored in tensors.items():
-        held = sum(piece.box.numel for piece in stored.pieces)
+        held = sum(box.numel for box in pieces[name])
         if held != Box.whole(stored.shape).numel:
             raise ValueError(f"of {name}, {held} of {Box.whole(stored.shape).numel} elements were written.")
-    return tensors
+    return {name: one.model_copy(update={"pieces": [*pieces[name].values()]}) for name, one in tensors.items()}
 
 
 def val_losses(run_dir: Path) -> dict[int, float]:
@@ -297,7 +298,9 @@ def best_steps(losses: Mapping[int, float], count: int) -> list[int]:
 def sweep(run_dir: Path, *, keep_last: int, keep_best: int = 0) -> None:
     """Remove the checkpoints that are neither among the newest nor among the best."""
     found = checkpoints(run_dir)
-    best = {folder_of(run_dir, step) for step in best_steps(val_losses(run_dir), keep_best)}
+    # A step that is yet to be saved takes nobody's place.
+    losses = {step: loss for step, loss in val_losses(run_dir).items() if folder_of(run_dir, step) in found}
+    best = {folder_of(run_dir, step) for step in best_steps(losses, keep_best)}
     for folder in found[:-keep_last]:
         if folder not in best:
             shutil.rmtree(folder, ignore_errors=True)

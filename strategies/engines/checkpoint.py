@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -41,6 +41,8 @@ CODES = {
 }
 
 POLL_S = 0.02  # how often the first rank looks whether another has written its part
+PROGRESS_S = 0.1  # how often who waits for a checkpoint looks whether more of it has been written
+SETTLE_S = 10.0  # a disk that writes nothing for so long is full or gone, or the one who wrote is
 
 Select = Callable[[Tensor], Sequence[Tensor]]
 
@@ -118,8 +120,12 @@ def tensors_of(held: Held, optimizer: Optimizer) -> Iterator[Named]:
             yield name, tuple(value.shape), Box.whole(value.shape), value
 
 
-def write_rank(folder: Path, rank: int, named: Iterable[Named]) -> Part:
-    """Write this rank's tensors to a file of its own in an unfinished checkpoint."""
+def nothing() -> None:
+    """For whom nobody waits."""
+
+
+def write_rank(folder: Path, rank: int, named: Iterable[Named], gets_on: Callable[[], None] = nothing) -> Part:
+    """Write this rank's tensors to a file of its own in an unfinished checkpoint; `gets_on` is called before each."""
     file = f"{rank}.safetensors"
     tensors: dict[str, Stored] = {}
     parts: list[Tensor] = []
@@ -129,12 +135,18 @@ def write_rank(folder: Path, rank: int, named: Iterable[Named]) -> Part:
         dtype = str(part.dtype).removeprefix("torch.")
         tensors[name] = Stored(shape=shape, dtype=dtype, pieces=[*so_far, piece])
         parts.append(part)
-    return Part(name=file, file=write_file(folder / file, parts), tensors=tensors)
+    return Part(name=file, file=write_file(folder / file, parts, gets_on), tensors=tensors)
 
 
-def write_file(path: Path, tensors: Sequence[Tensor]) -> File:
-    """Write tensors to a safetensors file, called by their numbers."""
-    return write_tensors(path, {str(key): (one.dtype, one.shape) for key, one in enumerate(tensors)}, iter(tensors))
+def write_file(path: Path, tensors: Sequence[Tensor], gets_on: Callable[[], None] = nothing) -> File:
+    """Write tensors to a safetensors file, called by their numbers; `gets_on` is called before each."""
+
+    def one_by_one() -> Iterator[Tensor]:
+        for tensor in tensors:
+            gets_on()
+            yield tensor
+
+    return write_tensors(path, {str(key): (one.dtype, one.shape) for key, one in enumerate(tensors)}, one_by_one())
 
 
 def write_tensors(
@@ -183,32 +195,76 @@ class Writer:
     asynchronous: tensors are copied to host memory, and written while training goes on; else they are written at once,
     and no more than one is ever copied.
     after: called on the first rank when a checkpoint is finished.
+    gets_on: called while there is nothing but to wait, as often as more of a checkpoint has been written, by any rank.
     """
 
-    def __init__(self, *, rank: int, world_size: int, asynchronous: bool, after: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        asynchronous: bool,
+        after: Callable[[], None] = nothing,
+        gets_on: Callable[[], None] = nothing,
+    ) -> None:
         self.rank, self.world_size, self.asynchronous, self.after = rank, world_size, asynchronous, after
+        self.gets_on = gets_on
         self.copies = Copies()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.folder: Path | None = None  # of the checkpoint that was begun last
         self.under_way: Future[None] | None = None
 
     def save(self, folder: Path, named: Iterable[Named], manifest: Fill) -> None:
         """Begin a checkpoint, when the one before is finished; `manifest` is what the first rank says of it."""
         self.wait()
+        self.folder = folder
         if self.asynchronous:
             self.under_way = self.pool.submit(self.write, folder, self.copies.of(named), manifest)
         else:
             self.write(folder, named, manifest)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether what was begun is a checkpoint, or cannot become one."""
+        if self.under_way is None or self.folder is None:
+            return True
+        done = self.under_way.done()
+        return done and (self.under_way.exception() is not None or self.folder.exists())
+
     def wait(self) -> None:
-        """Until what was begun is on the disk; ValueError if it could not be written."""
-        under_way, self.under_way = self.under_way, None
-        if under_way is not None:
-            under_way.result()
+        """Until what was begun is on the disk, of all ranks; ValueError if this one's part could not be written."""
+        written = None
+        while not self.is_over:
+            written = self.tell(written)
+            time.sleep(PROGRESS_S)
+        self.check()
+        self.under_way = None
+
+    def settle(self) -> None:
+        """As `wait`, but no longer than SETTLE_S after anything more has been written: for a run that fails.
+
+        Ranks that wait for one that has failed still write: their threads need no other rank.
+        """
+        written, since = None, time.monotonic()
+        while not self.is_over and time.monotonic() - since < SETTLE_S:
+            before, written = written, self.tell(written)
+            since = since if written == before else time.monotonic()
+            time.sleep(PROGRESS_S)
 
     def check(self) -> None:
         """Raise what has gone wrong so far."""
         if self.under_way is not None and self.under_way.done():
-            self.wait()
+            self.under_way.result()
+
+    def tell(self, before: int | None) -> int:
+        """The bytes that are written so far of what was begun, by all ranks; tells of them if they are not `before`."""
+        assert self.folder is not None
+        written = 0
+        with suppress(OSError):  # gone in between: it is finished
+            written = sum(path.stat().st_size for path in unfinished(self.folder).iterdir())
+        if written != before:
+            self.gets_on()
+        return written
 
     def write(self, folder: Path, named: Iterable[Named], manifest: Fill) -> None:
         try:
@@ -227,15 +283,18 @@ class Writer:
 
     def write_part(self, folder: Path, named: Iterable[Named]) -> None:
         partial = begin(folder)
-        part = write_rank(partial, self.rank, named)
+        part = write_rank(partial, self.rank, named, nothing if self.asynchronous else self.gets_on)
         aside = partial / f"{self.rank}.word"
         aside.write_text(part.model_dump_json())
         aside.rename(partial / f"{self.rank}.json")  # nobody reads half a word
 
     def read_part(self, word: Path) -> Part:
         """What another rank wrote, as soon as it has."""
+        written, told = None, time.monotonic()
         while not word.exists():
             time.sleep(POLL_S)
+            if not self.asynchronous and time.monotonic() - told > PROGRESS_S:  # else it is not this that anyone awaits
+                written, told = self.tell(written), time.monotonic()
         part = Part.model_validate(json.loads(word.read_text()))
         word.unlink()
         return part

@@ -8,7 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from strategies.checkpoint import checkpoints
 from tests.launch.command import TINY, alive, family, rank_process, wait_for
+from tests.launch.slow_disk import SAVED_STEP
 from tests.launch.warm import Command, start, train
 from tracking.status import read_status
 
@@ -44,6 +46,14 @@ def test_killed_rank_is_named_and_ends_the_run(rank: int, tmp_path: Path) -> Non
     status = read_status(tmp_path / "run")
     assert status is not None
     assert (status.state, status.exit_code) == ("failed", 1)
+
+
+def test_run_that_fails_while_it_saves_finishes_the_checkpoint(tmp_path: Path) -> None:
+    model = "model._target_=tests.launch.slow_disk.RaisesWhileItSaves"
+    run = train(tmp_path, *ENDLESS, model, f"checkpoint.every_steps={SAVED_STEP}")
+    assert run.returncode == 1
+    assert "rank 1 of 2 raised RuntimeError: boom after a save has begun" in run.stderr
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{SAVED_STEP:08}"]
 
 
 def test_killed_dispatcher_leaves_no_process_and_reads_as_lost(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run that a signal ends has saved its work, says how to go on, and goes on as if nothing had been."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -125,9 +126,25 @@ def test_run_that_was_killed_behind_its_last_step_is_completed(undisturbed: Path
     assert (ours.steps, ours.val_loss) == (theirs.steps, theirs.val_loss)
 
 
-def test_ranks_of_another_launcher_answer_signals_themselves(tmp_path: Path) -> None:
+def test_signal_to_all_processes_of_a_run_ends_it_in_order(tmp_path: Path) -> None:
+    process = start(tmp_path, *RUN, "trainer.max_steps=1000000", "trainer.val_every_steps=null", "data.num_workers=1")
+    metrics = tmp_path / "run/metrics.csv"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, "the first steps")
+    processes = family(process.pid)
+    for one in processes:
+        one.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143, (tmp_path / "err").read_text()
+    wait_for(lambda: not alive(processes), "the end of all processes", timeout_s=10)
+    told = (tmp_path / "err").read_text()
+    step = json.loads((tmp_path / "run/ranks/ended.json").read_text())["step"]
+    assert f"ended by SIGTERM after optimizer step {step}, which is saved; go on by the same command with" in told
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08}"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_of_another_launcher_answer_signals_themselves(num_workers: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = [*RUN, "trainer.max_steps=1000000", "trainer.val_every_steps=null"]
+    words = [*RUN, "trainer.max_steps=1000000", "trainer.val_every_steps=null", f"data.num_workers={num_workers}"]
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
             [*command, str(REPOSITORY / "train.py"), *words],
@@ -161,5 +178,7 @@ def test_clock_of_the_first_rank_has_all_ranks_save(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     found = checkpoints(tmp_path / "run")
     assert 2 < len(found) < 100
+    steps = [int(folder.name.removeprefix("step-")) for folder in found[:-1]]  # the last is saved in any case
+    assert all(later > earlier + 1 for earlier, later in itertools.pairwise(steps))
     for folder in found:
         Manifest.read(folder).check(folder)

@@ -15,8 +15,10 @@ import pytest
 
 from launch.failure import first_failure
 from launch.hang import Standing, ended_path, judge
+from strategies.checkpoint import checkpoints
 from tests.launch.command import REPOSITORY, TINY, alive, family, rank_process, user_environment, wait_for
 from tests.launch.hanging import HANGING_RANK, STEPS_BEFORE
+from tests.launch.slow_disk import WRITE_S
 from tests.launch.test_failures import ENDLESS, training
 from tests.launch.warm import Command, start, train
 
@@ -89,6 +91,17 @@ def test_steps_that_are_merely_slow_are_waited_for(tmp_path: Path) -> None:
     run = train(tmp_path, *words, timeout_s=180, STEP_S=str(0.6 * TIMEOUT_S))
     assert run.returncode == 0, run.stderr
     assert not list((tmp_path / "run").glob("ranks/*.hang.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_gets_on_is_waited_for(asynchronous: bool, tmp_path: Path) -> None:
+    timeout_s = 0.6 * WRITE_S
+    slow = ["model._target_=tests.launch.slow_disk.WritesSlowly", f"checkpoint.asynchronous={asynchronous}"]
+    words = ["strategy=ddp", *TINY, "trainer.max_steps=2", f"launcher.timeout_s={timeout_s}", "run_dir=run"]
+    run = train(tmp_path, *words, *slow)
+    assert run.returncode == 0, run.stderr
+    assert len(checkpoints(tmp_path / "run")) == 1
 
 
 @pytest.mark.slow

@@ -161,3 +161,12 @@ def test_damage_is_told_in_one_line(damage: Callable[[Path], None], name: str, w
     with pytest.raises(ValueError, match=word) as refusal:
         Manifest.read(folder).check(folder)
     assert "\n" not in str(refusal.value)
+
+
+def test_step_that_is_yet_to_be_saved_takes_nobody_s_place_among_the_best(tmp_path: Path) -> None:
+    best = write(tmp_path, 4, halves())
+    newest = write(tmp_path, 10, halves())
+    for step, loss in {4: 2.0, 12: 1.0}.items():  # the save of step 12 waits for that of step 10
+        note_val_loss(tmp_path, step, loss)
+    sweep(tmp_path, keep_last=1, keep_best=1)
+    assert checkpoints(tmp_path) == [best, newest]
