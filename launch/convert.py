@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from launch.checkpoints import plain
 from launch.dispatch import load_resolved
-from launch.restore import restore_schedule, stand_at
+from launch.restore import stand_at
+from launch.schedule import plain, restore_schedule
 from launch.schema import ConfigError, RunConfig
 from launch.worker import build_model, quiet
 from strategies.checkpoint import MANIFEST, PARTIAL, Manifest
