@@ -42,8 +42,7 @@ class Restore(pl.Callback):
         every = self.job.config.trainer.val_every_steps
         if every is not None and self.manifest.step % every == 0:
             validate(trainer)  # as the run that wrote the checkpoint did next, or was about to
-            # Schedules that look at what was validated take their step behind it, so that it is not in the checkpoint.
-            trainer.fit_loop.epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+            # A schedule that looks at what was validated is stepped by Lightning, when its loop restarts behind it.
 
     def restore_draws(self, trainer: pl.Trainer) -> None:
         if (self.manifest.strategy, self.manifest.mesh) == (self.job.config.strategy["name"], self.job.mesh.sizes):

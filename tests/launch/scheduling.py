@@ -45,8 +45,8 @@ class Growing:
 
 
 def nested(optimizer: Optimizer) -> torchs.LRScheduler:
-    chained = torchs.ChainedScheduler([torchs.StepLR(optimizer, 1, 0.7), torchs.ConstantLR(optimizer, 0.9, 3)])
-    return torchs.SequentialLR(optimizer, [torchs.LinearLR(optimizer, 0.1, 1.0, 2), chained], [9])
+    parts = [torchs.LinearLR(optimizer, 0.1, 1.0, 3), torchs.ExponentialLR(optimizer, 0.7)]
+    return torchs.ChainedScheduler([torchs.SequentialLR(optimizer, parts, [3]), torchs.StepLR(optimizer, 2, 0.9)])
 
 
 KINDS: dict[str, Callable[[Optimizer], torchs.LRScheduler]] = {
@@ -88,6 +88,11 @@ class Scheduled(Blocks):
 
 class PlateauOfTraining(Scheduled):
     """Looks at a loss of each step."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
 
     def configure_optimizers(self) -> Any:
         configured = super().configure_optimizers()
