@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.optim.lr_scheduler import LRScheduler
+from torch import nn
 
 from launch.job import Job, collective_timeout_s
 from launch.resume import trained
+from launch.schedule import plain, unkept
 from launch.signals import EndedError, asked_by, leave_last_word
 from strategies.checkpoint import (
     File,
@@ -189,14 +190,10 @@ def unsaved(module: pl.LightningModule, trainer: pl.Trainer) -> str | None:
             )
     if not module.automatic_optimization or len(trainer.optimizers) != 1:
         return f"{kind} has {len(trainer.optimizers)} optimizers, or optimizes manually."
-    return None
-
-
-def plain(scheduler: LRScheduler) -> dict[str, Any]:
-    """A schedule's state as far as JSON knows it: counts, and rates by group."""
-    kinds = (int, float, str, bool, type(None))
-    return {
-        key: value
-        for key, value in scheduler.state_dict().items()
-        if isinstance(value, kinds) or (isinstance(value, list) and all(isinstance(item, kinds) for item in value))
-    }
+    for name, part in module.named_modules():
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            return (
+                f"{type(part).__name__}.get_extra_state of {name or kind} is not called, since no rank has the whole "
+                f"state; keep what it saves in a persistent buffer."
+            )
+    return next(filter(None, (unkept(config, trainer) for config in trainer.lr_scheduler_configs)), None)

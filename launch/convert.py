@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from launch.checkpoints import plain
 from launch.dispatch import load_resolved
-from launch.restore import restore_schedule, stand_at
+from launch.restore import stand_at
+from launch.schedule import plain, restore_schedule
 from launch.schema import ConfigError, RunConfig
 from launch.worker import build_model, quiet
 from strategies.checkpoint import MANIFEST, PARTIAL, Manifest
@@ -171,19 +171,30 @@ def connect(trainer: Trainer, model: LightningModule) -> None:
         )
 
 
-def check_targets(section: object, run_dir: Path) -> None:
-    """ConfigError if building a model would call anything but the models and optimizers that are known here."""
+def check_targets(section: object, run_dir: Path, key: str = "model") -> None:
+    """ConfigError if building a model would call anything but the models and optimizers that are known here.
+
+    Hydra resolves what OmegaConf interpolates when it builds, so that a string could become a `_target_` only then: of
+    such a resolved config has none. YAML knows pairs, too, which are tuples to us and lists to OmegaConf.
+    """
+    if isinstance(section, str) and "${" in section:
+        raise ConfigError(
+            f"{run_dir / 'resolved.yaml'} leaves {key[:100]!r} open, as {section[:100]!r}, which no resolved config "
+            f"does; if you know who wrote it, add --trust."
+        )
     if isinstance(section, Mapping):
         target = section.get("_target_")
+        check_targets(target, run_dir, f"{key}._target_")
         if target is not None and not is_known(str(target)):
             raise ConfigError(
                 f"{run_dir / 'resolved.yaml'} calls {str(target)[:100]!r}, which is neither in models/ nor an "
                 f"optimizer of torch; if you know who wrote it, add --trust."
             )
-        section = list(section.values())
-    if isinstance(section, list):
-        for value in section:
-            check_targets(value, run_dir)
+        for name, value in section.items():
+            check_targets(value, run_dir, f"{key}.{name}")
+    if isinstance(section, list | tuple):
+        for number, value in enumerate(section):
+            check_targets(value, run_dir, f"{key}.{number}")
 
 
 def is_known(target: str) -> bool:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loops.progress import _ReadyCompletedTracker
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from launch.job import Job
+from launch.schedule import restore_schedule
 from strategies.checkpoint import Manifest
 from strategies.engines import checkpoint
 from strategies.engines.checkpoint import Holds, Reader
@@ -43,6 +42,7 @@ class Restore(pl.Callback):
         every = self.job.config.trainer.val_every_steps
         if every is not None and self.manifest.step % every == 0:
             validate(trainer)  # as the run that wrote the checkpoint did next, or was about to
+            # A schedule that looks at what was validated is stepped by Lightning, when its loop restarts behind it.
 
     def restore_draws(self, trainer: pl.Trainer) -> None:
         if (self.manifest.strategy, self.manifest.mesh) == (self.job.config.strategy["name"], self.job.mesh.sizes):
@@ -66,37 +66,6 @@ class Complete(pl.Callback):
             self.meter.on_train_start(trainer, pl_module)
             validate(trainer)
             self.meter.on_train_end(trainer, pl_module)
-
-
-def restore_schedule(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
-    """Put a schedule, and its optimizer's rates, where they were; base rates are those of the config at hand."""
-    counts = {key: value for key, value in state.items() if not isinstance(value, list)}
-    scheduler.load_state_dict({**scheduler.state_dict(), **counts})
-    if isinstance(scheduler, LambdaLR):
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    else:
-        factors = factors_of(scheduler, state["_last_lr"], state["base_lrs"])
-    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    scheduler._last_lr = rates
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
-def factors_of(scheduler: LRScheduler, rates: Sequence[float], bases: Sequence[float]) -> list[float]:
-    """By what each group's rate had been multiplied.
-
-    A rank may have fewer groups than the one that spoke for all; then all must have been moved alike.
-    """
-    factors = [rate / base if base else 1.0 for rate, base in zip(rates, bases, strict=True)]
-    wanted = len(scheduler.base_lrs)
-    if len(factors) == wanted:
-        return factors
-    if max(factors) - min(factors) <= 1e-9 * max(map(abs, factors)):
-        return factors[:1] * wanted
-    raise ValueError(
-        f"resume: {type(scheduler).__name__} moved the {len(factors)} groups of the checkpoint's optimizer by factors "
-        f"of their own, and a rank here has {wanted}; resume under the strategy that wrote it."
-    )
 
 
 def draw_anew(seed: int) -> None:

@@ -111,6 +111,9 @@ class LossScale(Strict):
 class Manifest(Strict):
     """checkpoint.json."""
 
+    # As Python's own JSON has it: the best loss so far is infinite before there is one.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
     version: Literal[1] = 1
     step: Annotated[int, Field(ge=0)]  # optimizer steps that lie behind it
     strategy: str

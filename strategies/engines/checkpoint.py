@@ -382,10 +382,14 @@ def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> None:
     make_state(optimizer, list({id(tensor): tensor for tensor in fresh}.values()))
     kept = {name.split("/")[1] for name in known if name.startswith("state/")}
     own = {key for one in held for key in optimizer.state.get(one.stepped, {})}
-    if own and own != kept:
+    if not kept:
+        own |= lazily_kept(optimizer, held)
+    is_concerned = bool(own) or any(one.name in stepped for one in held)  # a rank may step nothing that has state
+    if is_concerned and own != kept and (kept or not may_have_skipped_all(reader.manifest)):
         raise ValueError(
             f"resume={reader.folder}: its optimizer kept {', '.join(sorted(kept)) or 'nothing'}, and "
-            f"{type(optimizer).__name__} keeps {', '.join(sorted(own))}; choose the optimizer that wrote it."
+            f"{type(optimizer).__name__} keeps {', '.join(sorted(own)) or 'nothing'}; choose the optimizer that wrote "
+            f"it."
         )
     for one in held:
         for name, shape, box, tensor in tensors_of(one, optimizer):
@@ -396,6 +400,23 @@ def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> None:
                 found = f"in shape {known[name].shape}, not {shape}" if name in known else "not at all"
                 raise ValueError(f"resume={reader.folder}: it has {name} {found}; give the model that wrote it.")
             # Else the parameter had no gradient yet: what is kept of it is still zeros.
+
+
+def lazily_kept(optimizer: Optimizer, held: Iterable[Held]) -> set[str]:
+    """What an optimizer keeps for a parameter from its first step on; nothing of it is left."""
+    stepping = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    fresh = [one.stepped for one in held if one.stepped in stepping and one.stepped.requires_grad]
+    fresh = [tensor for tensor in fresh if not optimizer.state.get(tensor)]
+    if not fresh:
+        return set()
+    smallest = min(fresh, key=Tensor.numel)
+    make_state(optimizer, [smallest])
+    return set(optimizer.state.pop(smallest, {}))
+
+
+def may_have_skipped_all(manifest: Manifest) -> bool:
+    """Whether no step may have been taken: those of a first, too high loss scale are left out."""
+    return manifest.loss_scale is not None and manifest.loss_scale.good_steps == 0
 
 
 def draws(rank: int, device: torch.device) -> Iterator[Named]:

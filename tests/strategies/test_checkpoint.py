@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from strategies.boxes import Box, boxes_of_range
-from strategies.checkpoint import MANIFEST, Manifest, begin, checkpoints, clear, digest, folder_of, note_val_loss, sweep
+from strategies.checkpoint import (
+    MANIFEST,
+    LossScale,
+    Manifest,
+    begin,
+    checkpoints,
+    clear,
+    digest,
+    folder_of,
+    note_val_loss,
+    sweep,
+)
 from strategies.engines.checkpoint import CODES, Held, Named, Reader, Writer, load, tensors_of, write_file
 
 WEIGHT = torch.arange(35.0).view(5, 7)
@@ -170,3 +182,60 @@ def test_step_that_is_yet_to_be_saved_takes_nobody_s_place_among_the_best(tmp_pa
         note_val_loss(tmp_path, step, loss)
     sweep(tmp_path, keep_last=1, keep_best=1)
     assert checkpoints(tmp_path) == [best, newest]
+
+
+def stepped(make: Callable[..., torch.optim.Optimizer], steps: int) -> tuple[list[Held], torch.optim.Optimizer]:
+    """Two matrices, of which the second is frozen."""
+    weights = [nn.Parameter(torch.ones(5, 7)), nn.Parameter(torch.ones(5, 7), requires_grad=False)]
+    optimizer = make(weights, lr=0.1)
+    for _ in range(steps):
+        weights[0].grad = torch.ones_like(weights[0])
+        optimizer.step()
+    return [Held.whole(f"w{number}", weight, writes=True) for number, weight in enumerate(weights)], optimizer
+
+
+def written(held: list[Held], optimizer: torch.optim.Optimizer, folder: Path, scale: LossScale | None = None) -> Reader:
+    path = write(folder, 3, [[named for one in held for named in tensors_of(one, optimizer)]])
+    return Reader(path, Manifest.read(path).model_copy(update={"loss_scale": scale}))
+
+
+SGD, AdamW, Momentum = torch.optim.SGD, torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (AdamW, SGD, "kept exp_avg, exp_avg_sq, step, and SGD keeps nothing"),
+        (SGD, AdamW, "kept nothing, and AdamW keeps exp_avg, exp_avg_sq, step"),
+        (SGD, Momentum, "kept nothing, and SGD keeps momentum_buffer"),
+        (Momentum, AdamW, "kept momentum_buffer, and AdamW keeps"),
+    ],
+)
+def test_another_optimizer_is_told_also_where_one_keeps_nothing(
+    before: Callable, after: Callable, told: str, tmp_path: Path
+) -> None:
+    held, optimizer = stepped(after, 0)
+    with written(*stepped(before, 3), tmp_path) as reader, pytest.raises(ValueError, match=told):
+        load(reader, held, optimizer)
+
+
+@pytest.mark.parametrize("make", [SGD, Momentum, AdamW])
+def test_same_optimizer_is_not_told_of_what_is_frozen_or_kept_by_nobody(make: Callable, tmp_path: Path) -> None:
+    with written(*stepped(make, 3), tmp_path) as reader:
+        held, optimizer = stepped(make, 0)
+        load(reader, held, optimizer)
+        load(reader, held[1:], make([nn.Parameter(torch.ones(5, 7))], lr=0.1))  # a rank that steps none of it
+    assert bool(optimizer.state) == (make is not SGD)
+    assert held[1].stepped not in optimizer.state
+
+
+def test_run_whose_steps_all_overflowed_goes_on_with_no_state(tmp_path: Path) -> None:
+    held, optimizer = stepped(AdamW, 0)
+    with written(*stepped(AdamW, 0), tmp_path / "a", LossScale(value=2.0, good_steps=0)) as reader:
+        load(reader, held, optimizer)
+    assert not optimizer.state
+    with (
+        written(*stepped(SGD, 3), tmp_path / "b", LossScale(value=2.0, good_steps=3)) as reader,
+        pytest.raises(ValueError, match="kept nothing, and AdamW"),
+    ):
+        load(reader, held, optimizer)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from hydra.utils import instantiate
 from safetensors.torch import save_file
 
 from launch.convert import check_targets, convert_from, convert_to
@@ -274,6 +276,32 @@ def test_run_folder_calls_nothing_but_models_and_optimizers(tmp_path: Path) -> N
         refused(lambda: check_targets(section, tmp_path), "calls '.*', which is neither")  # noqa: B023  # called at once
     check_targets({"_target_": "models.language.LanguageModel", "o": {"_target_": "torch.optim.AdamW"}}, tmp_path)
     assert not mark.exists()
+
+
+CALL = "oc.create:{_target_: os.mkdir, _args_: [MARK]}"
+LATER: dict[str, tuple[str, str]] = {
+    "schedule": (f"scheduler: '${{{CALL}}}'", "'model.scheduler' open, as '[$]"),
+    "within text": ("net: {name: 'a ${oc.env:HOME}'}", "'model.net.name' open, as 'a [$]"),
+    "in a list": (f"net: [1, '${{{CALL}}}']", "'model.net.1' open, as '[$]"),
+    "target": ("net: {_target_: '${oc.decode:os.mkdir}'}", "'model.net._target_' open, as '[$]"),
+    "in pairs": ("net: !!pairs [a: {_target_: os.mkdir, _args_: [MARK]}]", "calls 'os.mkdir', which is neither"),
+}
+
+
+@pytest.mark.parametrize(("line", "told"), LATER.values(), ids=LATER)
+def test_run_folder_calls_nothing_that_only_hydra_would_read_as_a_call(line: str, told: str, tmp_path: Path) -> None:
+    """OmegaConf interpolates when a model is built: what was a plain string is a section with a `_target_` then."""
+    mark = tmp_path / "ran"
+    text = f"_target_: models.language.LanguageModel\n{line}".replace("MARK", str(mark))
+    refused(lambda: check_targets(yaml.safe_load(text), tmp_path), told)
+    assert not mark.exists()
+
+
+def test_call_of_an_interpolated_string_would_have_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    text = "_target_: builtins.dict\nscheduler: '${" + CALL.replace("MARK", str(mark)) + "}'"
+    instantiate(yaml.safe_load(text), _convert_="all")
+    assert mark.exists()
 
 
 def test_nothing_is_left_of_what_was_refused(folder: Path, tmp_path: Path) -> None:
