@@ -183,6 +183,8 @@ def join_prepared(run_dir: Path, launcher: OuterLauncher) -> Job:
         if not claim_word(run_dir, launcher).exists():
             raise ConfigError("The first rank refused the run; see its own message.")
         time.sleep(0.1)
+    if not is_fresh(claim_word(run_dir, launcher)):  # what is there is an earlier attempt's, given back
+        raise ConfigError("The first rank refused the run; see its own message.")
     job = Job.of(load_resolved(run_dir))
     try:
         job.data.prepare()  # this machine may have caches of its own

@@ -11,9 +11,9 @@ disk has damaged it since, which the digests tell.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -22,14 +22,25 @@ from pathlib import Path
 from random import SystemRandom
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from strategies.boxes import Box
+from strategies.durable import flush, write_whole
 from strategies.headers import ITEM_BYTES, Count, Counts, read_header, read_json, reason
 
 MANIFEST = "checkpoint.json"
 PARTIAL, REPLACED, DAMAGED = ".partial", ".replaced", ".damaged"
 VAL_LOSSES = "val_losses.json"
+LOSSES = TypeAdapter(dict[int, float])
 BLOCK_BYTES = 2**20
 MANIFEST_BYTES = 2**28  # more than a million pieces: 2,400 tensors of a 70B model on 512 ranks have as many
 PRIME = 2**61 - 1
@@ -244,15 +255,6 @@ def finish(folder: Path, manifest: Manifest) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
-    """Have the disk itself hold what was written to a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def merged(parts: Iterable[Part]) -> dict[str, Stored]:
     """The tensors that all ranks have written, each box once; ValueError (a bug of the engine) if one is not whole."""
     tensors: dict[str, Stored] = {}
@@ -274,7 +276,13 @@ def merged(parts: Iterable[Part]) -> dict[str, Stored]:
 def val_losses(run_dir: Path) -> dict[int, float]:
     """Validation losses by optimizer step, of the steps that were validated and might be kept for it."""
     path = run_dir / "checkpoints" / VAL_LOSSES
-    return {int(step): loss for step, loss in json.loads(path.read_text()).items()} if path.exists() else {}
+    try:
+        return LOSSES.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValidationError:
+        print(f"{path} is damaged; going on as if it were not there.", file=sys.stderr)
+        return {}
 
 
 def note_val_loss(run_dir: Path, step: int, loss: float) -> None:
@@ -284,9 +292,7 @@ def note_val_loss(run_dir: Path, step: int, loss: float) -> None:
 def write_val_losses(run_dir: Path, losses: Mapping[int, float]) -> None:
     path = run_dir / "checkpoints" / VAL_LOSSES
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".aside")
-    aside.write_text(json.dumps(losses))
-    aside.rename(path)
+    write_whole(path, json.dumps(losses))
 
 
 def best_steps(losses: Mapping[int, float], count: int) -> list[int]:

@@ -12,6 +12,8 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from strategies.durable import write_whole
+
 State = Literal["running", "completed", "failed", "refused", "interrupted", "lost"]
 
 
@@ -30,10 +32,7 @@ class RunStatus(BaseModel):
     dispatcher: tuple[str, int, float] | None = None  # host, pid, and start time of the process that runs it
 
     def write(self, run_dir: Path) -> None:
-        path = run_dir / "status.json"
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(self.model_dump_json(indent=2))
-        aside.replace(path)
+        write_whole(run_dir / "status.json", self.model_dump_json(indent=2))
 
 
 def read_status(run_dir: Path) -> RunStatus | None:
