@@ -20,7 +20,7 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from random import SystemRandom
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -38,6 +38,7 @@ from strategies.durable import flush, write_whole
 from strategies.headers import ITEM_BYTES, Count, Counts, read_header, read_json, reason
 
 MANIFEST = "checkpoint.json"
+VERSION: Final = 1
 PARTIAL, REPLACED, DAMAGED = ".partial", ".replaced", ".damaged"
 VAL_LOSSES = "val_losses.json"
 LOSSES = TypeAdapter(dict[int, float])
@@ -57,6 +58,10 @@ def known_dtype(dtype: str) -> str:
     if dtype not in ITEM_BYTES:
         raise ValueError(f"{dtype[:100]!r} is no format of a tensor's elements")
     return dtype
+
+
+class UnusableError(ValueError):
+    """A checkpoint that may be whole, and yet cannot be used here: of another version, or not to be read."""
 
 
 Numbers = Annotated[Counts, BeforeValidator(tuple)]
@@ -121,7 +126,7 @@ class LossScale(Strict):
 class Manifest(Strict):
     """checkpoint.json."""
 
-    version: Literal[1] = 1
+    version: Literal[1] = VERSION
     step: Annotated[int, Field(ge=0)]  # optimizer steps that lie behind it
     strategy: str
     mesh: dict[str, int]
@@ -143,20 +148,30 @@ class Manifest(Strict):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """ValueError in one line if the folder's checkpoint.json is absent, cut short, or of another version."""
+        """ValueError in one line if the folder's checkpoint.json is absent or damaged; UnusableError if it cannot be
+        read, or is of another version."""
         path = folder / MANIFEST
         try:
             if path.stat().st_size > MANIFEST_BYTES:
                 raise ValueError(f"it has more than {MANIFEST_BYTES} bytes")
-            return cls.model_validate(read_json(path.read_bytes()))
+            tree = read_json(path.read_bytes())
+            if isinstance(tree, dict) and tree.get("version", VERSION) != VERSION:
+                told = f"{path} is of version {str(tree['version'])[:100]}, this Concord reads version {VERSION}"
+                raise UnusableError(f"{told}; use the Concord that wrote it, or choose another checkpoint.")
+            return cls.model_validate(tree)
         except FileNotFoundError:
             raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except UnusableError:
+            raise
+        except ValueError as error:
             told = reason(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
             raise ValueError(f"{path} is damaged ({told}); choose another checkpoint.") from None
 
     def check(self, folder: Path) -> None:
-        """ValueError naming the first file that is missing, or holds other bytes than were written."""
+        """ValueError naming the first file that is missing, or holds other bytes than were written; UnusableError if
+        one cannot be read."""
         pieces: dict[str, list[tuple[str, Stored, Piece]]] = {name: [] for name in self.files}
         for name, stored in self.tensors.items():
             for piece in stored.pieces:
@@ -169,17 +184,21 @@ class Manifest(Strict):
 
 
 def check_file(path: Path, file: File) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; choose another checkpoint.")
     try:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; choose another checkpoint.")
         size, found = path.stat().st_size, digest(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); choose another checkpoint.") from None
+        raise unreadable(path, error) from None
     if size != file.size:
         difference = f"it has {size} bytes, {file.size} were written"
         raise ValueError(f"{path} is damaged: {difference}; choose another checkpoint.")
     if found != file.sha256:
         raise ValueError(f"{path} is damaged: it holds other bytes than were written; choose another checkpoint.")
+
+
+def unreadable(path: Path, error: OSError) -> UnusableError:
+    return UnusableError(f"{path} cannot be read ({error.strerror}); mend that, or choose another checkpoint.")
 
 
 def check_pieces(path: Path, pieces: Sequence[tuple[str, Stored, Piece]]) -> None:
@@ -223,9 +242,12 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run that were finished, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if path.is_dir() and re.fullmatch(r"step-\d+", path.name))
+    """The checkpoints of a run that were finished, oldest first; OSError where they cannot be seen."""
+    try:
+        found = list((run_dir / "checkpoints").iterdir())  # glob takes what it may not read to be empty
+    except FileNotFoundError:
+        return []
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
 
 
 def unfinished(folder: Path) -> Path:
