@@ -11,7 +11,7 @@ from typing import Any
 from launch.attempts import earlier_trees
 from launch.job import check_checkpoint
 from launch.schema import AUTO, ConfigError, RunConfig, build_spec, leaves
-from strategies.checkpoint import MANIFEST, Manifest, UnusableError, checkpoints, recover
+from strategies.checkpoint import MANIFEST, REPLACED, Manifest, UnusableError, checkpoints, newest, recover
 from strategies.spec import Strategy
 
 TRAINED = ("model", "data")  # sections that decide what is trained on what
@@ -127,15 +127,19 @@ def newest_good(run_dir: Path, before: Path | None = None) -> Path | None:
 def find(resume: str) -> Path:
     """The checkpoint folder that a user means: itself, or the newest of a run folder."""
     path = Path(resume).expanduser().resolve()
-    if (path / MANIFEST).is_file():
-        return path
-    found = checkpoints(path)
-    if not found:
+    try:
+        for folder in (path, path.with_name(path.name + REPLACED)):
+            if (folder / MANIFEST).is_file():
+                return folder
+        found = newest(path)
+    except OSError as error:
+        raise ConfigError(f"resume={resume}: {error.filename} cannot be read ({error.strerror}); mend that.") from None
+    if found is None:
         raise ConfigError(
             f"resume={resume} is no checkpoint, and no run folder with one; give a folder such as "
             f"runs/<day>/<time>/checkpoints/step-00000100."
         )
-    return found[-1]
+    return found
 
 
 def check_resumed_data(config: RunConfig) -> None:

@@ -245,9 +245,20 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run that were finished, oldest first; OSError where they cannot be seen."""
     try:
         found = list((run_dir / "checkpoints").iterdir())  # glob takes what it may not read to be empty
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
+
+
+def stranded(run_dir: Path) -> list[Path]:
+    """Checkpoints that were to be replaced by another of their step when the run was killed: they are whole, too."""
+    found = (run_dir / "checkpoints").glob(f"step-*{REPLACED}")
+    return [path for path in found if not path.with_name(path.name.removesuffix(REPLACED)).exists()]
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, in a folder that is only to be read."""
+    return max([*checkpoints(run_dir), *stranded(run_dir)], default=None)
 
 
 def unfinished(folder: Path) -> Path:
@@ -333,10 +344,8 @@ def sweep(run_dir: Path, *, keep_last: int, keep_best: int = 0) -> None:
 
 def recover(run_dir: Path) -> None:
     """Give its name back to a checkpoint that was to be replaced when the run was killed."""
-    for replaced in (run_dir / "checkpoints").glob(f"*{REPLACED}"):
-        folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
-        if not folder.exists():
-            replaced.rename(folder)
+    for replaced in stranded(run_dir):
+        replaced.rename(replaced.with_name(replaced.name.removesuffix(REPLACED)))
 
 
 def clear(run_dir: Path, step: int) -> None:
