@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from launch.attempts import earlier_status, give_attempt_back, pending, set_attempt_aside
+from launch.lease import is_gone
 from launch.schema import ConfigError
 from tracking.status import RunStatus
 
@@ -16,12 +17,13 @@ from tracking.status import RunStatus
 def claim_folder(run_dir: Path, status: RunStatus, *, again: bool = False, is_over: bool = False) -> None:
     """Make the run folder this run's, and say so in its status.json.
 
-    ConfigError if it cannot be written, or holds another run; with `again`, only if that one still runs. `is_over`:
-    whether an earlier attempt there is known to have ended, whatever its status says.
+    ConfigError if it cannot be written, or holds another run; with `again`, only if that one still runs, for which one
+    of another host is watched. `is_over`: whether an earlier attempt there is known to have ended, whatever its status
+    says.
     """
     with claiming(run_dir):
         other = earlier_status(run_dir)
-        is_over = is_over or other is None or other.state != "running"
+        is_over = is_over or other is None or other.state != "running" or (again and is_gone(run_dir, other))
         if is_over and pending(run_dir).exists():
             give_attempt_back(run_dir)
             other = earlier_status(run_dir)
@@ -59,10 +61,10 @@ def taken(run_dir: Path, other: RunStatus | None, *, again: bool) -> ConfigError
     state = other.state if other else "without a status"
     if again and other is not None and other.dispatcher is not None:
         host, pid, _ = other.dispatcher
-        return ConfigError(
-            f"resume=auto: the run in run_dir={run_dir} still runs (process {pid} on {host}); wait for its end, or, if "
-            f"that machine is gone, remove {run_dir / 'status.json'}."
-        )
+        fix = "wait for its end"
+        if other.beat_s is None:  # it may be gone, and cannot be watched
+            fix += f", or, if that machine is gone, remove {run_dir / 'status.json'}"
+        return ConfigError(f"resume=auto: the run in run_dir={run_dir} still runs (process {pid} on {host}); {fix}.")
     return ConfigError(
         f"run_dir={run_dir} already holds another run ({state}); choose another run_dir, or go on with that one by "
         f"resume=auto."

@@ -23,6 +23,7 @@ from launch.claim import claim_folder, recover_folder
 from launch.compose import REPOSITORY
 from launch.failure import first_failure, oom_kills
 from launch.job import Job, resolve
+from launch.lease import BEAT_S, beating
 from launch.lifeline import parented
 from launch.resume import check_resumed_data, resolve_resume
 from launch.schema import ConfigError, RunConfig, validate
@@ -58,13 +59,19 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], 
     Never raises for a mistake of the user's or a failure of the run: both are in the returned status, and but for
     a folder that belongs to another run, in the run folder's status.json. Lets KeyboardInterrupt through.
     """
-    status = running(name, name)
+    status = running(name, name, beat_s=BEAT_S)
     try:
         if again and (done := complete(run_dir, make_tree)):
             return done
         claim_folder(run_dir, status, again=again)
     except ConfigError as error:
         return ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
+    with beating(run_dir, status):
+        return run_claimed(run_dir, status, make_tree)
+
+
+def run_claimed(run_dir: Path, status: RunStatus, make_tree: Callable[[], dict[str, Any]]) -> RunStatus:
+    """Run a config in a folder that is this run's."""
     try:
         job = prepare({**make_tree(), "run_dir": str(run_dir)})
         final = run_agent(job, status)

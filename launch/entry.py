@@ -84,13 +84,10 @@ def prepare_tree(config: DictConfig, hydra: Any, run_dir: Path) -> None:
 
 
 def earlier(run_dir: Path) -> RunStatus | None:
-    """Of a resumed sweep's job: its status if it completed or still runs, else None."""
+    """Of a resumed sweep's job: its status if it completed, else None."""
     status = earlier_status(run_dir)
     if status is not None and status.state == "completed":
         return status
-    if status is not None and status.state == "running":
-        error = f"run_dir={run_dir} still runs; wait for the sweep's end before resuming it."
-        return status.model_copy(update={"error": error, "exit_code": EXIT_REFUSED})
     return None
 
 

@@ -314,7 +314,8 @@ def val_losses(run_dir: Path) -> dict[int, float]:
     except FileNotFoundError:
         return {}
     except ValidationError:
-        print(f"{path} is damaged; going on as if it were not there.", file=sys.stderr)
+        told = f"{path} is damaged; going on as if it were not there."
+        print(told, file=sys.stderr)  # noqa: T201  # the next validation writes it anew
         return {}
 
 

@@ -30,6 +30,7 @@ class RunStatus(BaseModel):
     started: float  # seconds since the epoch
     wall_s: float | None = None
     dispatcher: tuple[str, int, float] | None = None  # host, pid, and start time of the process that runs it
+    beat_s: float | None = None  # how often that process touches the file as long as it runs; None: it does not
 
     def write(self, run_dir: Path) -> None:
         write_whole(run_dir / "status.json", self.model_dump_json(indent=2))
@@ -60,10 +61,10 @@ def dispatcher_lives(status: RunStatus) -> bool:
         return False
 
 
-def running(name: str, strategy: str | None) -> RunStatus:
+def running(name: str, strategy: str | None, *, beat_s: float | None = None) -> RunStatus:
     """A run that this process has just begun to dispatch."""
     me = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
-    return RunStatus(name=name, strategy=strategy, state="running", started=time.time(), dispatcher=me)
+    return RunStatus(name=name, strategy=strategy, state="running", started=time.time(), dispatcher=me, beat_s=beat_s)
 
 
 def ended(status: RunStatus, state: State, *, error: str | None = None, exit_code: int = 0) -> RunStatus:

@@ -1,15 +1,14 @@
 """What becomes of an earlier attempt's files: a run that does not go on leaves them as they were."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
 
 from launch.attempts import earlier_status, number_attempt, pending, set_attempt_aside
 from launch.claim import claim_folder, recover_folder
-from tests.launch.command import TINY, wait_for
-from tests.launch.warm import start, train
+from tests.launch.command import TINY
+from tests.launch.warm import train
 from tracking.status import RunStatus, ended, read_status, running
 
 WORDS = [*TINY, "strategy=single", "model.net.num_layers=1", "run_dir=run"]
