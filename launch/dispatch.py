@@ -18,17 +18,20 @@ import yaml
 from datamodules.order import evaluation_batches
 from datamodules.spec import SampledData
 from launch import preflight
-from launch.claim import claim_folder
+from launch.attempts import earlier_status, earlier_tree, give_attempt_back, number_attempt, pending
+from launch.claim import claim_folder, recover_folder
 from launch.compose import REPOSITORY
 from launch.failure import first_failure, oom_kills
 from launch.job import Job, resolve
+from launch.lease import BEAT_S, beating
 from launch.lifeline import parented
 from launch.resume import check_resumed_data, resolve_resume
 from launch.schema import ConfigError, RunConfig, validate
 from launch.signals import TerminatedError, ask_to_end, asked_by, ended_path, last_word
 from launch.start import check_one_start, resolve_weights
 from launch.zygote import Fork, zygote_for
-from tracking.status import RunStatus, ended, read_status, running
+from strategies.durable import write_whole
+from tracking.status import RunStatus, ended, running
 
 # What a launcher leaves in the environment of its processes; a run of ours inherits none of it.
 LAUNCHER_VARIABLES = (
@@ -56,13 +59,19 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], 
     Never raises for a mistake of the user's or a failure of the run: both are in the returned status, and but for
     a folder that belongs to another run, in the run folder's status.json. Lets KeyboardInterrupt through.
     """
-    status = running(name, name)
+    status = running(name, name, beat_s=BEAT_S)
     try:
         if again and (done := complete(run_dir, make_tree)):
             return done
         claim_folder(run_dir, status, again=again)
     except ConfigError as error:
         return ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
+    with beating(run_dir, status):
+        return run_claimed(run_dir, status, make_tree)
+
+
+def run_claimed(run_dir: Path, status: RunStatus, make_tree: Callable[[], dict[str, Any]]) -> RunStatus:
+    """Run a config in a folder that is this run's."""
     try:
         job = prepare({**make_tree(), "run_dir": str(run_dir)})
         final = run_agent(job, status)
@@ -71,7 +80,7 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], 
     except KeyboardInterrupt as error:
         code = error.exit_code if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
         word = str(error) or "interrupted by Ctrl-C"
-        ended(status, "interrupted", error=word, exit_code=code).write(run_dir)
+        end_unbegun(run_dir, ended(status, "interrupted", error=word, exit_code=code))
         raise
     with suppress(OSError):  # on a full disk the line on the terminal and the exit code must do
         final.write(run_dir)
@@ -80,22 +89,36 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], 
 
 def complete(run_dir: Path, make_tree: Callable[[], dict[str, Any]]) -> RunStatus | None:
     """The status of a run that has already taken all the steps it is asked for; None where there is more to do."""
-    status = read_status(run_dir)
-    if status is None or status.state != "completed" or not (run_dir / "resolved.yaml").exists():
+    recover_folder(run_dir)
+    status, tree = earlier_status(run_dir), earlier_tree(run_dir)
+    if status is None or status.state != "completed" or tree is None:
         return None
-    asked, done = validate({**make_tree(), "run_dir": str(run_dir)}), load_resolved(run_dir)
+    asked, done = validate({**make_tree(), "run_dir": str(run_dir)}), validate(tree)
     same = (asked.model, asked.data, asked.trainer) == (done.model, done.data, done.trainer)
     return status if same else None  # else there is more to do, or something to be refused
 
 
 def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
-    """Write down why a run did not start; its folder, which this process has claimed, is free for the corrected one."""
+    """Write down why a run did not start; its folder, which this process has claimed, is free for the corrected one.
+
+    If an earlier attempt has left something there, all of that is as it was, its status too.
+    """
     final = ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
-    final.write(run_dir)
     ranks = run_dir / "ranks"
     with suppress(OSError):  # not there yet; or ranks of another launcher have begun to write there
         ranks.rmdir()
+    end_unbegun(run_dir, final)
     return final
+
+
+def end_unbegun(run_dir: Path, final: RunStatus) -> None:
+    """Leave the folder of an attempt that has not begun as it was before, or else with its last status."""
+    if pending(run_dir).exists():
+        give_attempt_back(run_dir)
+        earlier = earlier_status(run_dir)
+        if earlier is not None and earlier.state != "refused":
+            return
+    final.write(run_dir)
 
 
 def prepare(
@@ -132,9 +155,10 @@ def prepare(
     if job.extensions:
         preflight.build_extensions(job.extensions, config.launcher.accelerator, environment(config))
     if write:
-        aside = job.run_dir / ".resolved.yaml"
-        aside.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-        aside.rename(job.run_dir / "resolved.yaml")  # ranks of another launcher wait for it
+        if pending(job.run_dir).exists():
+            number_attempt(job.run_dir)  # before there is a resolved.yaml of this one: until then it can be given back
+        # Ranks of another launcher wait for it.
+        write_whole(job.run_dir / "resolved.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     return job
 
 

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.attempts import earlier_status, earlier_trees
 from launch.compose import quoted, spelled, tree_of
 from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch
 from launch.schema import AUTO, ConfigError
@@ -23,7 +24,7 @@ from launch.sweep import SweepTable, print_sweep
 from tracking.curve import losses_of, time_to
 from tracking.report import print_runs
 from tracking.sources import Run, read_run
-from tracking.status import RunStatus, read_status
+from tracking.status import RunStatus
 
 exit_codes: list[int] = []  # of the runs that this process dispatched
 
@@ -37,9 +38,11 @@ def run_job(config: DictConfig) -> float:
     run_dir = Path(hydra.runtime.output_dir)
     OmegaConf.set_struct(config, False)
     status = None
-    if config.pop("resume_sweep") is not None:
+    again = config.pop("resume_sweep") is not None
+    if again:
         status = earlier(run_dir)
-        config.resume = config.resume or AUTO
+        if any(earlier_trees(run_dir)):  # else no attempt has begun: the job's own `resume` is what it starts from
+            config.resume = AUTO
     if config.get("hparams") is not None and hydra.mode != RunMode.MULTIRUN:
         print(f"hparams={hydra.runtime.choices['hparams']} searches by several runs; add -m.", file=sys.stderr)
         exit_codes.append(EXIT_REFUSED)
@@ -47,7 +50,7 @@ def run_job(config: DictConfig) -> float:
     if status is None:
         prepare_tree(config, hydra, run_dir)
         name = str(OmegaConf.select(config, "strategy.name"))
-        status = dispatch(run_dir, name, lambda: tree_of(config, hydra), again=config.resume == AUTO)
+        status = dispatch(run_dir, name, lambda: tree_of(config, hydra), again=again or config.resume == AUTO)
     tell_run(status, run_dir, config.expect, in_sweep=hydra.mode == RunMode.MULTIRUN)
     exit_codes.append(status.exit_code or 0)
     if status.state != "completed":
@@ -81,13 +84,10 @@ def prepare_tree(config: DictConfig, hydra: Any, run_dir: Path) -> None:
 
 
 def earlier(run_dir: Path) -> RunStatus | None:
-    """Of a resumed sweep's job: its status if it completed or still runs, else None."""
-    status = read_status(run_dir)
+    """Of a resumed sweep's job: its status if it completed, else None."""
+    status = earlier_status(run_dir)
     if status is not None and status.state == "completed":
         return status
-    if status is not None and status.state == "running":
-        error = f"run_dir={run_dir} still runs; wait for the sweep's end before resuming it."
-        return status.model_copy(update={"error": error, "exit_code": EXIT_REFUSED})
     return None
 
 

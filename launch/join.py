@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from launch.compose import compose, quoted
 from launch.dispatch import EXIT_FAILED, EXIT_REFUSED, load_resolved, prepare, refuse
 from launch.entry import one_line
 from launch.job import Job
+from launch.lease import BEAT_S, LEASE_S, beating
 from launch.schema import AUTO, ConfigError
 from launch.signals import last_word, remember_signals
 from launch.zygote import end_zygote
-from tracking.status import ended, running
+from tracking.status import RunStatus, ended, running
 
 STARTED = time.time()
 CLAIM_TIMEOUT_S = 60  # ranks start together; a shared file system may take seconds to show a new folder
@@ -106,21 +108,21 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
         tree = compose(overrides)
         if tree.get("hparams") is not None:
             raise ConfigError(f"Under {launcher.name}, train.py is one rank of one run; hparams= searches by several.")
-        run_dir = Path(str(tree["run_dir"])).resolve()
+        run_dir, again = Path(str(tree["run_dir"])).resolve(), tree["resume"] == AUTO
+        status = running(str(tree["name"]), str(tree["name"]), beat_s=BEAT_S)
         if launcher.rank == 0:
-            status = running(str(tree["name"]), str(tree["name"]))
-            claim_folder(run_dir, status, again=tree["resume"] == AUTO, is_over=restarts(run_dir, launcher))
+            claim_folder(run_dir, status, again=again, is_over=restarts(run_dir, launcher))
             claim_word(run_dir, launcher).touch()
         else:
-            wait_for_claim(run_dir, launcher)
+            wait_for_claim(run_dir, launcher, CLAIM_TIMEOUT_S + (LEASE_S if again else 0))
     except (ConfigError, HydraException) as error:
         return refused(error)
-    return run_claimed(launcher, run_dir, {**tree, "run_dir": str(run_dir)})
+    with beating(run_dir, status) if launcher.rank == 0 else nullcontext():
+        return run_claimed(launcher, run_dir, {**tree, "run_dir": str(run_dir)}, status)
 
 
-def run_claimed(launcher: OuterLauncher, run_dir: Path, tree: dict[str, object]) -> int:
+def run_claimed(launcher: OuterLauncher, run_dir: Path, tree: dict[str, object], status: RunStatus) -> int:
     """Be this rank in a run folder that is this run's."""
-    status = running(str(tree["name"]), str(tree["name"]))
     try:
         if launcher.rank == 0:
             job = prepare(tree, launcher.world_size, launcher.local_world_size)
@@ -183,6 +185,8 @@ def join_prepared(run_dir: Path, launcher: OuterLauncher) -> Job:
         if not claim_word(run_dir, launcher).exists():
             raise ConfigError("The first rank refused the run; see its own message.")
         time.sleep(0.1)
+    if not is_fresh(claim_word(run_dir, launcher)):  # what is there is an earlier attempt's, given back
+        raise ConfigError("The first rank refused the run; see its own message.")
     job = Job.of(load_resolved(run_dir))
     try:
         job.data.prepare()  # this machine may have caches of its own
@@ -191,13 +195,13 @@ def join_prepared(run_dir: Path, launcher: OuterLauncher) -> Job:
     return job
 
 
-def wait_for_claim(run_dir: Path, launcher: OuterLauncher) -> None:
+def wait_for_claim(run_dir: Path, launcher: OuterLauncher, timeout_s: float) -> None:
     """Wait until the first rank has made the run folder its own; without its word, touch nothing and give up."""
-    deadline = time.monotonic() + CLAIM_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while not is_fresh(claim_word(run_dir, launcher)):
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"The first rank did not claim run_dir={run_dir} in {CLAIM_TIMEOUT_S} s: it refused, or does not "
+                f"The first rank did not claim run_dir={run_dir} in {timeout_s:g} s: it refused, or does not "
                 f"share that folder; see its own message."
             )
         time.sleep(0.1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launch.attempts import earlier_trees
 from launch.job import check_checkpoint
 from launch.schema import AUTO, ConfigError, RunConfig, build_spec, leaves
-from strategies.checkpoint import MANIFEST, Manifest, checkpoints, recover
+from strategies.checkpoint import MANIFEST, REPLACED, Manifest, UnusableError, checkpoints, newest, recover
 from strategies.spec import Strategy
 
 TRAINED = ("model", "data")  # sections that decide what is trained on what
@@ -32,23 +34,21 @@ def resolve_resume(config: RunConfig) -> RunConfig:
     if config.resume is None:
         return config
     if config.resume == AUTO:
-        recover(Path(config.run_dir))
-        folder = newest_good(Path(config.run_dir))
-        if folder is None:
+        folder = newest_own(Path(config.run_dir))
+        if folder is not None:
+            print(f"resume=auto: going on from {folder}.", file=sys.stderr)
+        elif (before := started_from(Path(config.run_dir))) is not None:
+            told = f"{config.run_dir} holds no checkpoint; starting from {before}, as its earlier attempt did."
+            print(f"resume=auto: {told}", file=sys.stderr)
+            folder = whole(before)
+        else:
             print(f"resume=auto: {config.run_dir} holds no checkpoint; starting at step 0.", file=sys.stderr)
             return config.model_copy(update={"resume": None})
         check_checkpoint(
             config.model_copy(update={"resume": str(folder)}), build_spec(config.strategy, "strategy", Strategy)
         )
-        print(f"resume=auto: going on from {folder}.", file=sys.stderr)
     else:
-        folder = find(config.resume)
-        try:
-            Manifest.read(folder).check(folder)
-        except ValueError as error:
-            good = newest_good(folder.parent.parent, before=folder)
-            offer = f" {good} is whole." if good else ""
-            raise ConfigError(f"resume={config.resume}: {error}{offer}") from None
+        folder = whole(config.resume)
     manifest = Manifest.read(folder)
     check_same(manifest, config)
     if manifest.step > config.trainer.max_steps or (
@@ -61,16 +61,62 @@ def resolve_resume(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"resume": str(folder)})
 
 
+def newest_own(run_dir: Path) -> Path | None:
+    """The checkpoint that `resume=auto` means, None where a run has made none.
+
+    ConfigError where there are some, but none that can be used: nobody wants to lose what they hold without a word.
+    """
+    try:
+        recover(run_dir)
+        folder = newest_good(run_dir)
+        if folder is None and checkpoints(run_dir):
+            raise ConfigError(
+                f"resume=auto: no checkpoint in {run_dir / 'checkpoints'} is whole; to start anew, rename that folder."
+            )
+    except UnusableError as error:
+        raise ConfigError(
+            f"resume=auto: {error} It is not passed over; for that, move its folder out of {run_dir / 'checkpoints'}."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"resume=auto: {error.filename} cannot be read ({error.strerror}); mend that.") from None
+    return folder
+
+
+def started_from(run_dir: Path) -> str | None:
+    """The checkpoint of another run that earlier attempts at a run have started from."""
+    for tree in earlier_trees(run_dir):
+        resume, own = tree.get("resume"), Path(tree.get("run_dir", run_dir)) / "checkpoints"
+        if resume is None or Path(resume).parent != own:  # else it is one of its own, gone by now
+            return resume
+    return None
+
+
+def whole(resume: str) -> Path:
+    """The checkpoint folder that a user means; ConfigError, with an offer where there is one, if it is not whole."""
+    folder = find(resume)
+    try:
+        Manifest.read(folder).check(folder)
+    except ValueError as error:
+        good = None
+        with suppress(UnusableError):
+            good = newest_good(folder.parent.parent, before=folder)
+        offer = f" {good} is whole." if good else ""
+        raise ConfigError(f"resume={resume}: {error}{offer}") from None
+    return folder
+
+
 def newest_good(run_dir: Path, before: Path | None = None) -> Path | None:
     """The newest checkpoint of a run (older than one of them) whose files are as they were written.
 
-    Each that is not is named on the terminal.
+    Each that is not is named on the terminal. UnusableError if there is no telling.
     """
     for folder in reversed(checkpoints(run_dir)):
         if before is not None and folder.name >= before.name:
             continue
         try:
             Manifest.read(folder).check(folder)
+        except UnusableError:
+            raise
         except ValueError as error:
             print(f"resume: {error}", file=sys.stderr)
         else:
@@ -81,15 +127,19 @@ def newest_good(run_dir: Path, before: Path | None = None) -> Path | None:
 def find(resume: str) -> Path:
     """The checkpoint folder that a user means: itself, or the newest of a run folder."""
     path = Path(resume).expanduser().resolve()
-    if (path / MANIFEST).is_file():
-        return path
-    found = checkpoints(path)
-    if not found:
+    try:
+        for folder in (path, path.with_name(path.name + REPLACED)):
+            if (folder / MANIFEST).is_file():
+                return folder
+        found = newest(path)
+    except OSError as error:
+        raise ConfigError(f"resume={resume}: {error.filename} cannot be read ({error.strerror}); mend that.") from None
+    if found is None:
         raise ConfigError(
             f"resume={resume} is no checkpoint, and no run folder with one; give a folder such as "
             f"runs/<day>/<time>/checkpoints/step-00000100."
         )
-    return found[-1]
+    return found
 
 
 def check_resumed_data(config: RunConfig) -> None:

@@ -11,9 +11,9 @@ disk has damaged it since, which the digests tell.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +21,28 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from random import SystemRandom
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from strategies.boxes import Box
+from strategies.durable import flush, write_whole
 from strategies.headers import ITEM_BYTES, Count, Counts, read_header, read_json, reason
 
 MANIFEST = "checkpoint.json"
+VERSION: Final = 1
 PARTIAL, REPLACED, DAMAGED = ".partial", ".replaced", ".damaged"
 VAL_LOSSES = "val_losses.json"
+LOSSES = TypeAdapter(dict[int, float])
 BLOCK_BYTES = 2**20
 MANIFEST_BYTES = 2**28  # more than a million pieces: 2,400 tensors of a 70B model on 512 ranks have as many
 PRIME = 2**61 - 1
@@ -47,6 +59,10 @@ def known_dtype(dtype: str) -> str:
     if dtype not in ITEM_BYTES:
         raise ValueError(f"{dtype[:100]!r} is no format of a tensor's elements")
     return dtype
+
+
+class UnusableError(ValueError):
+    """A checkpoint that may be whole, and yet cannot be used here: of another version, or not to be read."""
 
 
 Numbers = Annotated[Counts, BeforeValidator(tuple)]
@@ -114,7 +130,7 @@ class Manifest(Strict):
     # As Python's own JSON has it: the best loss so far is infinite before there is one.
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
-    version: Literal[1] = 1
+    version: Literal[1] = VERSION
     step: Annotated[int, Field(ge=0)]  # optimizer steps that lie behind it
     strategy: str
     mesh: dict[str, int]
@@ -136,20 +152,30 @@ class Manifest(Strict):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """ValueError in one line if the folder's checkpoint.json is absent, cut short, or of another version."""
+        """ValueError in one line if the folder's checkpoint.json is absent or damaged; UnusableError if it cannot be
+        read, or is of another version."""
         path = folder / MANIFEST
         try:
             if path.stat().st_size > MANIFEST_BYTES:
                 raise ValueError(f"it has more than {MANIFEST_BYTES} bytes")
-            return cls.model_validate(read_json(path.read_bytes()))
+            tree = read_json(path.read_bytes())
+            if isinstance(tree, dict) and tree.get("version", VERSION) != VERSION:
+                told = f"{path} is of version {str(tree['version'])[:100]}, this Concord reads version {VERSION}"
+                raise UnusableError(f"{told}; use the Concord that wrote it, or choose another checkpoint.")
+            return cls.model_validate(tree)
         except FileNotFoundError:
             raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except UnusableError:
+            raise
+        except ValueError as error:
             told = reason(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
             raise ValueError(f"{path} is damaged ({told}); choose another checkpoint.") from None
 
     def check(self, folder: Path) -> None:
-        """ValueError naming the first file that is missing, or holds other bytes than were written."""
+        """ValueError naming the first file that is missing, or holds other bytes than were written; UnusableError if
+        one cannot be read."""
         pieces: dict[str, list[tuple[str, Stored, Piece]]] = {name: [] for name in self.files}
         for name, stored in self.tensors.items():
             for piece in stored.pieces:
@@ -162,17 +188,21 @@ class Manifest(Strict):
 
 
 def check_file(path: Path, file: File) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; choose another checkpoint.")
     try:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; choose another checkpoint.")
         size, found = path.stat().st_size, digest(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); choose another checkpoint.") from None
+        raise unreadable(path, error) from None
     if size != file.size:
         difference = f"it has {size} bytes, {file.size} were written"
         raise ValueError(f"{path} is damaged: {difference}; choose another checkpoint.")
     if found != file.sha256:
         raise ValueError(f"{path} is damaged: it holds other bytes than were written; choose another checkpoint.")
+
+
+def unreadable(path: Path, error: OSError) -> UnusableError:
+    return UnusableError(f"{path} cannot be read ({error.strerror}); mend that, or choose another checkpoint.")
 
 
 def check_pieces(path: Path, pieces: Sequence[tuple[str, Stored, Piece]]) -> None:
@@ -216,9 +246,23 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run that were finished, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if path.is_dir() and re.fullmatch(r"step-\d+", path.name))
+    """The checkpoints of a run that were finished, oldest first; OSError where they cannot be seen."""
+    try:
+        found = list((run_dir / "checkpoints").iterdir())  # glob takes what it may not read to be empty
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
+
+
+def stranded(run_dir: Path) -> list[Path]:
+    """Checkpoints that were to be replaced by another of their step when the run was killed: they are whole, too."""
+    found = (run_dir / "checkpoints").glob(f"step-*{REPLACED}")
+    return [path for path in found if not path.with_name(path.name.removesuffix(REPLACED)).exists()]
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, in a folder that is only to be read."""
+    return max([*checkpoints(run_dir), *stranded(run_dir)], default=None)
 
 
 def unfinished(folder: Path) -> Path:
@@ -248,15 +292,6 @@ def finish(folder: Path, manifest: Manifest) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
-    """Have the disk itself hold what was written to a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def merged(parts: Iterable[Part]) -> dict[str, Stored]:
     """The tensors that all ranks have written, each box once; ValueError (a bug of the engine) if one is not whole."""
     tensors: dict[str, Stored] = {}
@@ -278,7 +313,14 @@ def merged(parts: Iterable[Part]) -> dict[str, Stored]:
 def val_losses(run_dir: Path) -> dict[int, float]:
     """Validation losses by optimizer step, of the steps that were validated and might be kept for it."""
     path = run_dir / "checkpoints" / VAL_LOSSES
-    return {int(step): loss for step, loss in json.loads(path.read_text()).items()} if path.exists() else {}
+    try:
+        return LOSSES.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValidationError:
+        told = f"{path} is damaged; going on as if it were not there."
+        print(told, file=sys.stderr)  # noqa: T201  # the next validation writes it anew
+        return {}
 
 
 def note_val_loss(run_dir: Path, step: int, loss: float) -> None:
@@ -288,9 +330,7 @@ def note_val_loss(run_dir: Path, step: int, loss: float) -> None:
 def write_val_losses(run_dir: Path, losses: Mapping[int, float]) -> None:
     path = run_dir / "checkpoints" / VAL_LOSSES
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".aside")
-    aside.write_text(json.dumps(losses))
-    aside.rename(path)
+    write_whole(path, json.dumps(losses))
 
 
 def best_steps(losses: Mapping[int, float], count: int) -> list[int]:
@@ -311,10 +351,8 @@ def sweep(run_dir: Path, *, keep_last: int, keep_best: int = 0) -> None:
 
 def recover(run_dir: Path) -> None:
     """Give its name back to a checkpoint that was to be replaced when the run was killed."""
-    for replaced in (run_dir / "checkpoints").glob(f"*{REPLACED}"):
-        folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
-        if not folder.exists():
-            replaced.rename(folder)
+    for replaced in stranded(run_dir):
+        replaced.rename(replaced.with_name(replaced.name.removesuffix(REPLACED)))
 
 
 def clear(run_dir: Path, step: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from strategies.boxes import Box
-from strategies.checkpoint import MANIFEST, File, Manifest, Piece, Stored, checkpoints, plain_name
+from strategies.checkpoint import MANIFEST, File, Manifest, Piece, Stored, newest, plain_name
 from strategies.headers import read_header, read_json
 
 INDEX = "model.safetensors.index.json"  # as Hugging Face calls it
@@ -36,12 +36,12 @@ def find_weights(path: Path) -> Path:
         return path
     if (path / MANIFEST).is_file() or (path / INDEX).is_file():
         return path
-    found = checkpoints(path)
-    if not found:
+    found = newest(path)
+    if found is None:
         raise ValueError(
             f"{path} has no {MANIFEST}, no {INDEX} and no checkpoints of a run; give a folder that has one."
         )
-    return found[-1]
+    return found
 
 
 def weights_of(path: Path) -> Source:

@@ -12,6 +12,8 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from strategies.durable import write_whole
+
 State = Literal["running", "completed", "failed", "refused", "interrupted", "lost"]
 
 
@@ -28,12 +30,10 @@ class RunStatus(BaseModel):
     started: float  # seconds since the epoch
     wall_s: float | None = None
     dispatcher: tuple[str, int, float] | None = None  # host, pid, and start time of the process that runs it
+    beat_s: float | None = None  # how often that process touches the file as long as it runs; None: it does not
 
     def write(self, run_dir: Path) -> None:
-        path = run_dir / "status.json"
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(self.model_dump_json(indent=2))
-        aside.replace(path)
+        write_whole(run_dir / "status.json", self.model_dump_json(indent=2))
 
 
 def read_status(run_dir: Path) -> RunStatus | None:
@@ -61,10 +61,10 @@ def dispatcher_lives(status: RunStatus) -> bool:
         return False
 
 
-def running(name: str, strategy: str | None) -> RunStatus:
+def running(name: str, strategy: str | None, *, beat_s: float | None = None) -> RunStatus:
     """A run that this process has just begun to dispatch."""
     me = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
-    return RunStatus(name=name, strategy=strategy, state="running", started=time.time(), dispatcher=me)
+    return RunStatus(name=name, strategy=strategy, state="running", started=time.time(), dispatcher=me, beat_s=beat_s)
 
 
 def ended(status: RunStatus, state: State, *, error: str | None = None, exit_code: int = 0) -> RunStatus:

@@ -14,6 +14,7 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
+from launch.attempts import number_attempt, pending
 from launch.claim import claim_folder
 from launch.job import Job
 from launch.resume import resolve_resume
@@ -52,6 +53,8 @@ class Attempt:
     def __init__(self, job: Job, folder: Path) -> None:
         self.run_dir, self.status = job.run_dir, running("kills", "fsdp")
         claim_folder(self.run_dir, self.status, again=True)
+        if pending(self.run_dir).exists():
+            number_attempt(self.run_dir)
         self.job = Job.of(resolve_resume(job.config.model_copy(update={"resume": "auto"})))
         resume = self.job.config.resume
         self.first_step = Manifest.read(Path(resume)).step if resume else 0

@@ -1,6 +1,7 @@
 """`resume=` as a user types it: another strategy goes on at the next step; what does not fit is told in one line."""
 
 import csv
+import errno
 import re
 import shutil
 import signal
@@ -9,10 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.dispatch import load_resolved
-from launch.resume import newest_good
-from strategies.checkpoint import MANIFEST, checkpoints
+from launch.resume import newest_good, newest_own, started_from
+from launch.schema import ConfigError
+from strategies import checkpoint
+from strategies.checkpoint import MANIFEST, checkpoints, note_val_loss, val_losses
 from tests.launch.command import TINY, wait_for
 from tests.launch.warm import start, train
 from tracking.status import read_status
@@ -130,6 +134,121 @@ def test_newest_that_is_whole_is_found(
     assert len(told.splitlines()) == 1
     cut_json(before)
     assert newest_good(tmp_path) is None
+
+
+def newer_version(newest: Path) -> None:
+    text = (newest / MANIFEST).read_text()
+    (newest / MANIFEST).write_text(text.replace('"version":1', '"version":2'))
+
+
+@pytest.mark.parametrize("damaged", [(4,), (2, 4)], ids=str)
+def test_checkpoint_of_a_newer_version_is_neither_passed_over_nor_renamed(
+    damaged: tuple[int, ...], saved: Path, tmp_path: Path
+) -> None:
+    folders = checkpoints(copied(saved / "first", tmp_path / "run"))
+    for step in damaged:
+        newer_version(folders[step // 2 - 1])
+    run = train(tmp_path, *GO_ON, "strategy=single", "resume=auto", "run_dir=run")
+    assert run.returncode == 2
+    assert f"{folders[-1] / MANIFEST} is of version 2, this Concord reads version 1" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+    assert checkpoints(tmp_path / "run") == folders
+
+
+@pytest.mark.parametrize("place", ["digest", "is_file", "read_bytes", "iterdir"])
+def test_checkpoint_that_cannot_be_read_is_neither_passed_over_nor_taken_for_none(
+    place: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(saved / "first", tmp_path)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint if place == "digest" else Path, place, fail)
+    with pytest.raises(ConfigError, match=r"^resume=auto: \S+ cannot be read \(Input/output error\)"):
+        newest_own(tmp_path)
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_not_started_anew(saved: Path, tmp_path: Path) -> None:
+    folders = checkpoints(copied(saved / "first", tmp_path / "run"))
+    for folder in folders:
+        flip_bit(folder)
+    run = train(tmp_path, *GO_ON, "strategy=single", "resume=auto", "run_dir=run")
+    assert run.returncode == 2
+    told = f"no checkpoint in {tmp_path}/run/checkpoints is whole; to start anew, rename that folder."
+    assert run.stderr.splitlines()[-1] == f"resume=auto: {told}"
+    assert checkpoints(tmp_path / "run") == folders
+
+
+@pytest.mark.parametrize("content", ["", "\0" * 9, '{"2": 1'], ids=["empty", "zeros", "cut"])
+def test_validation_losses_that_a_loss_of_power_has_cut_are_named_and_passed_over(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    note_val_loss(tmp_path, 2, 1.5)
+    assert val_losses(tmp_path) == {2: 1.5}
+    (tmp_path / "checkpoints/val_losses.json").write_text(content)
+    assert val_losses(tmp_path) == {}
+    assert "val_losses.json is damaged; going on as if it were not there." in capsys.readouterr().err
+
+
+def attempt(run_dir: Path, number: int, resume: Path | str | None) -> None:
+    """What an attempt that has begun leaves of its config; a str as it stands."""
+    folder = run_dir / "attempts" / str(number)
+    folder.mkdir(parents=True)
+    tree = {"run_dir": str(run_dir), "resume": None if resume is None else str(resume)}
+    (folder / "resolved.yaml").write_text(resume if isinstance(resume, str) else yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize(
+    ("resumes", "expected"),
+    [
+        ((), None),
+        ((None,), None),
+        ((Path("/other/checkpoints/step-4"),), "/other/checkpoints/step-4"),
+        ((Path("/other/checkpoints/step-4"), "", "\0\0"), "/other/checkpoints/step-4"),
+        ((Path("/other/checkpoints/step-4"), Path("{run}/checkpoints/step-8")), "/other/checkpoints/step-4"),
+        ((Path("/other/checkpoints/step-4"), None), None),
+    ],
+)
+def test_what_a_run_has_started_from_is_what_its_attempts_say(
+    resumes: tuple[Path | str | None, ...], expected: str | None, tmp_path: Path
+) -> None:
+    for number, resume in enumerate(resumes, 9):  # of 9 and 10, 10 is the later
+        attempt(tmp_path, number, Path(str(resume).format(run=tmp_path)) if isinstance(resume, Path) else resume)
+    assert started_from(tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_run_that_ended_before_its_first_checkpoint_starts_from_that_of_another_again(
+    saved: Path, tmp_path: Path
+) -> None:
+    words = [*GO_ON, "strategy=single", "run_dir=run"]
+    broken = "model._target_=tests.launch.failing.HoldsNoReset"
+    run = train(tmp_path, *words, f"resume='{saved}/first'", broken, "resume_despite=[model._target_]")
+    assert run.returncode == 1
+    assert not checkpoints(tmp_path / "run")
+    run = train(tmp_path, *words, "resume=auto")
+    assert run.returncode == 0, run.stderr
+    other = saved / "first/checkpoints/step-00000004"
+    told = f"{tmp_path}/run holds no checkpoint; starting from {other}, as its earlier attempt did."
+    assert f"resume=auto: {told}" in run.stderr
+    assert "step 5/6" in run.stdout
+
+
+@pytest.mark.slow
+def test_sweep_from_a_checkpoint_is_resumed_from_what_its_jobs_have(saved: Path, tmp_path: Path) -> None:
+    models = "models.language.LanguageModel,tests.launch.failing.HoldsNoReset"
+    words = [*GO_ON, "strategy=single", f"model._target_={models}", "resume_despite=[model._target_]"]
+    train(tmp_path, "-m", *words, f"resume='{saved}/first'", "hydra.sweep.dir=jobs")
+    for name in ("resolved.yaml", "status.json"):  # as if the sweep had been killed before its first job began
+        (tmp_path / "jobs/0" / name).unlink()
+    run = train(tmp_path, "resume_sweep=jobs")
+    assert run.returncode == 1  # the broken model is still broken
+    for job, state in (("0", "completed"), ("1", "failed")):
+        status = read_status(tmp_path / "jobs" / job)
+        assert status is not None
+        assert status.state == state, run.stderr
+        assert load_resolved(tmp_path / "jobs" / job).resume is not None
 
 
 def test_damaged_checkpoint_that_was_asked_for_is_refused_and_another_offered(saved: Path, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from launch.resume import find
 from strategies.boxes import Box, boxes_of_range
 from strategies.checkpoint import (
     MANIFEST,
+    REPLACED,
     LossScale,
     Manifest,
     begin,
@@ -21,9 +23,11 @@ from strategies.checkpoint import (
     digest,
     folder_of,
     note_val_loss,
+    recover,
     sweep,
 )
 from strategies.engines.checkpoint import CODES, Held, Named, Reader, Writer, load, tensors_of, write_file
+from strategies.weights import find_weights
 
 WEIGHT = torch.arange(35.0).view(5, 7)
 
@@ -118,6 +122,19 @@ def test_unfinished_checkpoint_is_not_found_and_swept(tmp_path: Path) -> None:
     assert not partial.exists()
     sweep(tmp_path, keep_last=1)
     assert checkpoints(tmp_path) == [second]
+
+
+def test_checkpoint_that_was_to_be_replaced_is_found_and_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, 3, halves())
+    folder = write(tmp_path, 12, halves())
+    replaced = folder.rename(folder.with_name(folder.name + REPLACED))  # the run was killed before the next rename
+    begin(folder)
+    assert find(str(tmp_path)) == find(str(folder)) == find_weights(tmp_path) == replaced
+    assert replaced.exists()
+    recover(tmp_path)
+    assert find(str(tmp_path)) == find(str(folder)) == find_weights(tmp_path) == folder
+    folder.with_name(folder.name + REPLACED).mkdir()  # the run was killed before it was removed
+    assert find(str(tmp_path)) == folder
 
 
 def test_what_was_passed_over_is_called_damaged(tmp_path: Path) -> None:
