@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 from pathlib import Path
 from types import FrameType
+
+from launch.compose import quoted
 
 # What schedulers send before they take a machine away, and a terminal that is closed.
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -101,4 +105,10 @@ def last_word(run_dir: Path, number: int) -> str:
     ended = f"ended by {signal.Signals(number).name} after optimizer step {word['step']}"
     if not word["saved"]:
         return f"{ended}, of which nothing is saved"
-    return f"{ended}, which is saved; go on by the same command with run_dir='{run_dir}' resume=auto"
+    return f"{ended}, which is saved; go on by the same command with {typed(run_dir)} resume=auto"
+
+
+def typed(run_dir: Path) -> str:
+    """The override for a run folder as a shell takes it."""
+    word = str(run_dir)
+    return f"run_dir={word}" if re.fullmatch(r"[\w./-]+", word) else shlex.quote(f"run_dir={quoted(word)}")

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.compose import compose
+from launch.signals import last_word, leave_last_word
 from strategies.checkpoint import Manifest, checkpoints
 from tests.launch.command import REPOSITORY, TINY, alive, family, user_environment, wait_for
 from tests.launch.signalling import AFTER_STEPS
@@ -163,6 +166,14 @@ def test_ranks_of_another_launcher_answer_signals_themselves(num_workers: int, t
     assert status is not None
     assert (status.state, status.exit_code) == ("interrupted", 143)
     assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08}"]
+
+
+def test_command_to_go_on_by_is_one_that_a_shell_and_hydra_take(tmp_path: Path) -> None:
+    run_dir = tmp_path / "Ann's runs, and (old) ones"
+    (run_dir / "ranks").mkdir(parents=True)
+    leave_last_word(run_dir, step=3, saved=True)
+    overrides = shlex.split(last_word(run_dir, signal.SIGTERM).partition(" with ")[2])
+    assert compose(overrides)["run_dir"] == str(run_dir)
 
 
 def test_run_that_cannot_be_saved_ends_all_the_same(tmp_path: Path) -> None:
