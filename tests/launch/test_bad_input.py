@@ -67,6 +67,16 @@ MISTAKES = {
         ["strategy.activation_checkpointing", "'none' or 'full'", "every_", "(got 'maybe')"],
     ),
     "compile that is neither true nor false": (["compile=blocks"], ["compile", "blocks"]),
+    "nothing between compiled modules": (["debug=nan", "compile=true"], ["leave compile=true out"]),
+    "one rank that sends nothing": (["debug=flight_recorder"], ["strategy=single has one"]),
+    "debugging that there is not": (["debug=nans"], ["debug/nans"]),
+    "profile beyond the run's end": (
+        ["profile=torch", "trainer.max_steps=15"],
+        ["end beyond trainer.max_steps=15; set"],
+    ),
+    "no step to warm up in": (["profile=torch", "profile.first_step=1"], ["set profile.first_step=2."]),
+    "no CUDA allocator": (["profile=memory"], ["on CPU choose profile=torch profile.memory=true."]),
+    "profile of no step": (["profile=torch", "profile.steps=0"], ["profile.steps", "greater than 0 (got 0)"]),
     "sweep folder that is none": (["resume_sweep=taken"], ["resume_sweep=taken"]),
 }
 

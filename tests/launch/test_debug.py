@@ -97,19 +97,3 @@ def test_a_hanging_run_leaves_its_collectives(tmp_path: Path) -> None:
         env=user_environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert f"missing ranks: {{{HANGING_RANK}}}" in compared.stderr + compared.stdout
-
-
-REFUSED = {
-    "nothing between compiled modules": (["debug=nan", "compile=true"], "leave compile=true out"),
-    "one rank that sends nothing": (["debug=flight_recorder"], "strategy=single has one"),
-    "no such choice": (["debug=nans"], "debug/nans"),
-}
-
-
-@pytest.mark.parametrize("mistake", REFUSED)
-def test_mistake_gets_one_line(mistake: str, tmp_path: Path) -> None:
-    words, line = REFUSED[mistake]
-    run = train(tmp_path, *TINY, *words)
-    assert run.returncode == 2
-    assert len(run.stderr.splitlines()) == 1
-    assert line in run.stderr
