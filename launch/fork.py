@@ -41,12 +41,17 @@ def preload(run_dir: Path) -> Job:
     """The job of a run folder, its engine's imports made; what cannot be imported is a rank's to report."""
     job = Job.of(load_resolved(run_dir))
     with suppress(ImportError):
-        if isinstance(job.strategy, Zero) or job.extensions:
-            import_deepspeed(on_gpu=False)
-        if isinstance(job.strategy, Grid):
-            importlib.import_module("strategies.engines.grid")
+        import_engine(job)
     gc.freeze()  # ranks share these objects' pages until one writes to them: their collections are to leave them alone
     return job
+
+
+def import_engine(job: Job) -> None:
+    """Import what the ranks of a job will, in the process that they are forked from."""
+    if isinstance(job.strategy, Zero) or job.extensions:
+        import_deepspeed(on_gpu=False)
+    if isinstance(job.strategy, Grid):
+        importlib.import_module("strategies.engines.grid")
 
 
 def become_rank(job: Job, env: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from tests.agreement.cases import Case
-from tests.agreement.test_agreement import train_case
+from tests.agreement.training import train_case
 from tracking.agreement import Draw
 from tracking.evidence import Evidence
 

@@ -6,57 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.compose import compose
-from launch.job import Job, resolve
-from launch.schema import validate
-from launch.worker import build_model, on_meta, stats_of, train
-from models.stats import ModelStats
-from strategies.engines.deepspeed import import_deepspeed
 from tests.agreement import faults
 from tests.agreement.cases import CHECKPOINTING_CASES, COMPILE_CASES, DDP_CASES, PRECISION_CASES, ZERO_CASES, Case
-from tests.harness import run_ranks
-from tracking.agreement import Check, Draw, another_draw_matters, compare, other_micro_batches
+from tests.agreement.training import LEAST_EXCESS, checks_of
 from tracking.evidence import Evidence
 
 Train = Callable[..., Evidence]
-
-
-def job_of(overrides: list[str], folder: Path) -> Job:
-    job = Job.of(resolve(validate(compose([*overrides, f"run_dir='{folder}'"]))))
-    job.data.prepare()
-    return job
-
-
-def train_case(overrides: list[str], folder: Path, fault: type | None = None) -> Evidence:
-    """The evidence of one run on forked ranks, with a fault planted if one is given."""
-    job = job_of(overrides, folder)
-    # Counted once, not by each of as many ranks as there are cores to share.
-    stats = stats_of(on_meta(build_model(job.config)), job) if job.mesh.cuts else None
-    run_ranks(job.world_size, folder, train_rank, job, fault, stats)
-    return Evidence.load(folder)
-
-
-def train_rank(job: Job, fault: type | None, stats: ModelStats | None) -> None:
-    train(job, callbacks=[] if fault is None else [fault()], stats=stats)
-
-
-def checks_of(case: Case, folder: Path, references: Callable, fault: type | None = None) -> list[Check]:
-    """What `verify` would say of a case, further draws of its references among it."""
-    candidate = train_case(case.overrides, folder, fault)
-    master = "bfloat16" if case.precision == "bf16_pure" else "float32"
-    sizes = [case.global_batch, *other_micro_batches(case.global_batch, case.global_batch)]
-    draws: list[Draw] = []
-    checks: list[Check] = []
-    while sizes and (not draws or another_draw_matters(checks)):
-        draws.append(references(case, sizes.pop(0)))
-        checks = compare(draws, candidate, master=master)
-    return checks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, in the process that ranks are forked from."""
-    import_deepspeed(on_gpu=False)
 
 
 # Where no earlier run has left compiled code, a compiler needs 20 s for a block of ours.
@@ -69,9 +24,6 @@ def test_strategy_agrees_with_one_process(case: Case, tmp_path: Path, references
     assert [check for check in checks if not check.passed] == []
     assert {check.quantity for check in checks} == {"samples", "loss", "gradient norm", "weights", "validation loss"}
 
-
-# The limit is not tuned to the faults: each goes beyond it by at least this factor (repeated samples: by this many).
-LEAST_EXCESS = 3
 
 MANY = [case for case in DDP_CASES if case.world_size > 1 and case.precision == "fp32"]
 ZERO_TWO_RANKS = [case for case in ZERO_CASES if case.world_size == 2]

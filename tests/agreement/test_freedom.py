@@ -2,61 +2,20 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
 from strategies.checkpoint import checkpoints, folder_of
 from tests.agreement.cases import Case, own
+from tests.agreement.free_cases import FREE, RESIZED, SAVED, FreeCase, same
 from tests.agreement.grid_cases import GridCase
-from tests.agreement.test_agreement import deepspeed_imported, train_case  # noqa: F401  # an autouse fixture
+from tests.agreement.training import train_case
 from tracking.agreement import Draw, compare
 from tracking.evidence import Evidence
 
-SAVED = 2  # of four optimizer steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class FreeCase(GridCase):
-    """The same model and batch under every strategy; 20 samples, so that epochs end in the midst of steps."""
-
-    tied: bool = True
-
-    @property
-    def net(self) -> list[str]:
-        return [
-            *(word for word in super().net if not word.startswith(("data=", "model.net.num_layers="))),
-            "model.net.num_layers=4",
-            "data=synthetic",
-            "data.num_samples=20",
-        ]
-
-
-FREE = {
-    case.strategy: case
-    for case in (
-        FreeCase(strategy="single", world_size=1),
-        FreeCase(strategy="ddp", world_size=2, accumulation=2),
-        FreeCase(strategy="zero1", world_size=2),
-        FreeCase(strategy="zero2", world_size=4),
-        FreeCase(strategy="zero3", world_size=2, accumulation=2),
-        FreeCase(strategy="zero3_offload", world_size=2),
-        FreeCase(strategy="fsdp", world_size=4),
-        FreeCase(strategy="tensor", world_size=2, accumulation=4),
-        FreeCase(strategy="pipeline", world_size=4, schedule="1f1b"),
-        FreeCase(strategy="3d", world_size=8),
-    )
-}
-# The same strategy goes on with another number of ranks.
-RESIZED = {
-    strategy: replace(FREE[strategy], world_size=world_size)
-    for strategy, world_size in {
-        "ddp": 4, "zero1": 4, "zero2": 8, "zero3": 4, "zero3_offload": 4, "fsdp": 2, "pipeline": 2,
-    }.items()
-}  # fmt: skip
 # Every strategy is left for another and resumed from another; the matrix has all other pairs, too.
 RING = list(itertools.pairwise([*FREE, "single"]))
 PAIRS = [
@@ -166,18 +125,3 @@ def test_precision_may_change_on_the_way(precision: str, tmp_path: Path, saved: 
     worst = {"bf16_pure": 0.03, "fp64": 1e-5}.get(precision, 0.01)  # bfloat16 has 8 bits, of which few are left over
     assert np.allclose(history.losses, whole.losses, rtol=worst)
     assert history.losses[SAVED:] != whole.losses[SAVED:]
-
-
-def same(after: Evidence, whole: Evidence) -> bool:
-    """Whether the second half of a run is, bit for bit, that of the run which was not interrupted."""
-    scalars = (
-        (after.samples, whole.samples[SAVED:]),
-        (after.losses, whole.losses[SAVED:]),
-        (after.gradient_norms, whole.gradient_norms[SAVED:]),
-        (after.val_losses, whole.val_losses),
-    )
-    weights = zip(after.weights, whole.weights, strict=True)
-    return all(ours == theirs for ours, theirs in scalars) and all(
-        ours.keys() == theirs.keys() and all(np.array_equal(ours[fqn], theirs[fqn]) for fqn in ours)
-        for ours, theirs in weights
-    )

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
 from tests.agreement import faults
 from tests.agreement.cases import Case
 from tests.agreement.grid_cases import EVERYDAY, MATRIX, SCHEDULES, SWITCHES, GridCase
-from tests.agreement.test_agreement import LEAST_EXCESS, checks_of, train_case
-from tests.strategies.test_spec import PRESETS
+from tests.agreement.training import LEAST_EXCESS, checks_of, train_case
+from tests.presets import PRESETS
 from tracking.agreement import Check
 
 PRECISIONS = [

@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
 from launch.attempts import number_attempt, pending
 from launch.claim import claim_folder
 from launch.job import Job
 from launch.resume import resolve_resume
 from launch.worker import train
 from strategies.checkpoint import Manifest, checkpoints
-from tests.agreement.test_agreement import job_of
-from tests.agreement.test_freedom import FREE
+from tests.agreement.free_cases import FREE
+from tests.agreement.training import job_of
 from tests.harness import become_rank, free_port
 from tests.launch.command import wait_for
 from tracking.evidence import Evidence, sample_digests

@@ -10,7 +10,7 @@ import pytest
 from strategies.checkpoint import LossScale, Manifest, folder_of
 from strategies.engines.precision import LossScaler
 from tests.agreement.cases import Case
-from tests.agreement.test_agreement import deepspeed_imported, train_case  # noqa: F401  # an autouse fixture
+from tests.agreement.training import train_case
 
 SAVED = 2
 BEFORE = LossScale(value=2.0**10, good_steps=LossScaler.GROWTH_INTERVAL - SAVED - 1)

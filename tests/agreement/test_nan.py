@@ -11,11 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
 from launch.compose import REPOSITORY
 from tests.agreement.cases import STEPS, Case
 from tests.agreement.grid_cases import GridCase
-from tests.agreement.test_agreement import deepspeed_imported, train_case  # noqa: F401  # an autouse fixture
+from tests.agreement.training import train_case
 from tests.strategies.nan_models import STEP
 from tracking.agreement import Draw, compare
 from tracking.evidence import Evidence

@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 from torch import Tensor
 
-import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
 from datamodules.loading import BatchDataset
 from datamodules.order import Order
 from datamodules.spec import SampledData
@@ -33,7 +32,7 @@ from strategies.engines.materialize import materialize
 from strategies.weights import INDEX, weights_of
 from tests.agreement.cases import Case, own
 from tests.agreement.grid_cases import GridCase
-from tests.agreement.test_agreement import job_of, train_case
+from tests.agreement.training import job_of, train_case
 from tests.harness import run_ranks
 from tests.launch.command import REPOSITORY
 from tracking.evidence import Evidence

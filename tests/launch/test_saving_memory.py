@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
 from launch.checkpoints import Checkpoints
 from launch.job import Job
 from launch.worker import train
 from strategies.checkpoint import Manifest, checkpoints
-from tests.agreement.test_agreement import deepspeed_imported, job_of  # noqa: F401  # an autouse fixture
-from tests.harness import run_ranks
+from tests.agreement.training import job_of, run_job
 
 MB = 1e6
 SLACK = 8 * MB  # manifests, file buffers and what else the interpreter takes meanwhile
@@ -79,7 +77,7 @@ def test_rank_that_saves_needs_a_tensor_at_once_or_a_copy_of_its_part(
     micro_batch = 4 if strategy == "tensor" else 2
     words = [f"strategy={strategy}", f"data.micro_batch_size={micro_batch}"]
     job = job_of([*NET, *words, f"checkpoint.asynchronous={str(asynchronous).lower()}"], tmp_path)
-    run_ranks(2, tmp_path, train_rank, job)
+    run_job(job, train_rank, job)
     manifest = Manifest.read(checkpoints(tmp_path)[-1])
     parts = [file.size for file in manifest.files.values()]
     largest = 4 * max(piece.box.numel for stored in manifest.tensors.values() for piece in stored.pieces)

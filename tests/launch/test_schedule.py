@@ -13,10 +13,9 @@ from torch.optim import lr_scheduler as torchs
 from launch.schedule import plain, restore_schedule
 from scripts.convert import main
 from strategies.checkpoint import Manifest, folder_of
-from strategies.engines.deepspeed import import_deepspeed
 from tests.agreement.cases import Case, own
-from tests.agreement.test_agreement import job_of, train_case
-from tests.agreement.test_freedom import same
+from tests.agreement.free_cases import same
+from tests.agreement.training import job_of, train_case
 from tests.launch.scheduling import KINDS as KINDS_OF
 from tests.launch.warm import train
 
@@ -62,7 +61,6 @@ def test_plateau_goes_on_behind_a_validation_and_elsewhere(every: int, tmp_path:
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
 def test_momenta_go_on_where_ranks_share_a_model(strategy: str, tmp_path: Path) -> None:
-    import_deepspeed(on_gpu=False)
     resumed(words_of("one cycle", strategy=strategy, world_size=2), tmp_path)
 
 

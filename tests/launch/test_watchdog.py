@@ -17,9 +17,9 @@ from launch.failure import first_failure
 from launch.hang import Standing, ended_path, judge
 from strategies.checkpoint import checkpoints
 from tests.launch.command import REPOSITORY, TINY, alive, family, rank_process, user_environment, wait_for
+from tests.launch.endless import ENDLESS, training
 from tests.launch.hanging import HANGING_RANK, STEPS_BEFORE
 from tests.launch.slow_disk import WRITE_S
-from tests.launch.test_failures import ENDLESS, training
 from tests.launch.warm import Command, start, train
 
 TIMEOUT_S = 20.0  # more than any rank needs between two beats while it starts, where cores are busy

@@ -10,19 +10,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import strategies.engines.grid  # noqa: F401  # once, in the process that ranks are forked from
 from launch.compose import compose
 from launch.dispatch import prepare
 from launch.schema import ConfigError, RunConfig, validate
 from launch.weights import StartingWeights
 from launch.worker import build_model
 from strategies.checkpoint import checkpoints
-from strategies.engines.deepspeed import import_deepspeed
 from strategies.engines.formats import described, to_checkpoint
 from strategies.weights import INDEX
 from tests.agreement.cases import Case
 from tests.agreement.grid_cases import GridCase
-from tests.agreement.test_agreement import train_case
+from tests.agreement.training import train_case
 from tests.launch.command import TINY
 from tests.launch.warm import train
 from tracking.evidence import Evidence
@@ -54,11 +52,6 @@ STARTS = {
     )
 }
 STAYS = ["optimizer.lr=0", "trainer.max_steps=1"]  # after a step the weights are what they were
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    import_deepspeed(on_gpu=False)
 
 
 @pytest.fixture(scope="module")

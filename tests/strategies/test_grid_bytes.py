@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from datamodules.loading import BatchDataset
-from datamodules.spec import SampledData
 from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import validate
-from launch.worker import build_model, train
-from models.stats import ModelStats, measure
+from launch.worker import train
+from models.stats import ModelStats
 from strategies import grid_costs
 from strategies.engines import grid as engine
 from strategies.engines import shards
@@ -26,7 +24,8 @@ from strategies.engines.sharding import sharded_parts
 from strategies.grid import Grid
 from strategies.grid_layout import Layout
 from strategies.spec import Workload
-from tests.harness import run_ranks
+from tests.agreement.training import run_job
+from tests.strategies.counting import EVEN, ODD, stats_of
 from tracking.traffic import TrafficCounter
 
 STEADY = 1  # optimizer steps before the one that is counted: the first also tells shapes and names
@@ -39,24 +38,6 @@ COMMON = [
     f"data.global_batch_size={GLOBAL_BATCH}",
     "logger=none",
     "launcher.accelerator=cpu",
-]
-ODD = [  # sizes that no number of ranks divides
-    "model=gpt_tiny",
-    "model.net.num_layers=4",
-    "model.net.num_heads=3",
-    "model.net.num_kv_heads=1",
-    "model.net.hidden_size=42",
-    "model.net.mlp_size=97",
-    "data=text",
-    "data.sequence_length=16",
-]
-EVEN = [  # what 4 tensor ranks divide
-    *ODD,
-    "model.net.num_layers=3",
-    "model.net.num_heads=4",
-    "model.net.num_kv_heads=4",
-    "model.net.hidden_size=56",
-    "model.net.mlp_size=100",
 ]
 VIT = ["model=vit_tiny", "data=digits", "model.net.num_heads=2", "model.net.hidden_size=32", "model.net.mlp_size=64"]
 GPT2 = ["model.net.norm=layer", "model.net.mlp=gelu", "model.net.bias=true", "model.net.positions=learned"]
@@ -187,13 +168,6 @@ def census_rank(job: Job) -> None:
     train(job, callbacks=[Census(job)])
 
 
-def stats_of(job: Job) -> ModelStats:
-    model = build_model(job.config)
-    model.configure_model()
-    assert isinstance(job.data, SampledData)
-    return measure(model, BatchDataset(job.data.train_samples())[np.zeros(1, dtype=np.int64)])
-
-
 Count = Callable[..., tuple[Grid, Workload, ModelStats, list[list[dict[str, Any]]]]]
 
 
@@ -218,7 +192,7 @@ def count(tmp_path_factory: pytest.TempPathFactory) -> Count:
             job = Job.of(resolve(validate(compose([*words, *overrides]))))
             job.data.prepare()
             ranks = pipe * data * tensor
-            run_ranks(ranks, folder, census_rank, job)
+            run_job(job, census_rank, job)
             reports = [json.loads((folder / f"census{rank}.json").read_text()) for rank in range(ranks)]
             workload = Workload(
                 precision=job.config.precision,

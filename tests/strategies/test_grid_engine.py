@@ -20,7 +20,7 @@ from strategies.engines.grid import GridEngine
 from strategies.engines.shards import local
 from strategies.grid import Grid
 from tests.agreement.cases import Case, own
-from tests.agreement.test_agreement import train_case
+from tests.agreement.training import train_case
 from tests.harness import run_ranks
 from tracking.agreement import Draw, compare
 

@@ -16,7 +16,7 @@ from strategies.engines import shards
 from strategies.engines.shards import average
 from strategies.engines.ties import Tie, Ties
 from tests.agreement.cases import Case, own
-from tests.agreement.test_agreement import train_case
+from tests.agreement.training import train_case
 from tests.harness import run_ranks
 from tracking.agreement import Draw, compare
 

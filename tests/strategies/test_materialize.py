@@ -11,7 +11,7 @@ from launch.schema import validate
 from launch.worker import build_model
 from strategies.engines.materialize import materialize
 from tests.agreement.cases import Case
-from tests.agreement.test_agreement import train_case
+from tests.agreement.training import train_case
 from tracking.evidence import Evidence
 
 CPU = torch.device("cpu")

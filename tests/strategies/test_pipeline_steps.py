@@ -13,7 +13,7 @@ from torch import nn
 from strategies.engines.link import Passed
 from strategies.engines.relay import NetCall
 from tests.agreement.cases import own
-from tests.agreement.test_agreement import train_case
+from tests.agreement.training import train_case
 from tracking.agreement import Draw, compare
 
 

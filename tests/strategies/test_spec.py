@@ -10,9 +10,8 @@ from hydra.utils import instantiate
 
 from launch.compose import compose
 from strategies.spec import Mesh, Precision, Run, Strategy, Transfer
+from tests.presets import CONF, PRESETS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-PRESETS = sorted(path for path in (CONF / "strategy").glob("*.yaml") if not path.name.startswith("_"))
 PRECISIONS = sorted((CONF / "precision").glob("*.yaml"))
 FP32 = Precision(name="fp32", parameter="float32", compute="float32", reduce="float32", master="float32")
 

@@ -18,13 +18,11 @@ from launch.job import Job
 from launch.worker import train
 from models.stats import ModelStats
 from strategies import grid_costs
-from strategies.engines.deepspeed import import_deepspeed
 from strategies.grid import Grid
 from strategies.grid_layout import Layout
 from strategies.spec import Memory, Traffic, Workload
-from tests.agreement.test_agreement import job_of
-from tests.harness import run_ranks
-from tests.strategies.test_grid_bytes import EVEN, stats_of
+from tests.agreement.training import job_of, run_job
+from tests.strategies.counting import EVEN, stats_of
 from tracking.record import Results, RunRecord
 from tracking.sources import Event, read_trace
 from tracking.timeline import TracedStep, place_of
@@ -94,7 +92,7 @@ def traced(words: Sequence[str], folder: Path) -> Traced:
     micro = GLOBAL_BATCH // data_ranks // ACCUMULATION
     job = job_of([*words, f"data.micro_batch_size={micro}"], folder)
     stats = stats_of(job)
-    run_ranks(job.world_size, folder, train_rank, job, stats)
+    run_job(job, train_rank, job, stats)
     raw = [json.loads((folder / f"raw{rank}.json").read_text()) for rank in range(job.world_size)]
     return Traced(
         job=job,
@@ -108,7 +106,6 @@ def traced(words: Sequence[str], folder: Path) -> Traced:
 
 @pytest.fixture(scope="module", params=PRESETS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    import_deepspeed(on_gpu=False)
     return traced([*WORDS, f"strategy={request.param}"], tmp_path_factory.mktemp("run"))
 
 

@@ -10,40 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 from torch import Tensor
 
-from datamodules.loading import BatchDataset
-from datamodules.spec import SampledData
 from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import validate
-from launch.worker import build_model, train
-from models.stats import ModelStats, measure
-from strategies.engines.deepspeed import import_deepspeed
+from launch.worker import train
+from models.stats import ModelStats
 from strategies.spec import Transfer, Workload
-from tests.harness import run_ranks
+from tests.agreement.training import run_job
+from tests.strategies.counting import DEEP_ODD, STEADY, stats_of
 from tracking.traffic import TrafficCounter
-
-STEADY = 3  # optimizer steps before the one that is counted: stage 3 follows its trace from the second on
-ODD = [  # sizes that no number of ranks divides
-    "model=gpt_tiny",
-    "model.net.num_layers=6",
-    "model.net.num_heads=3",
-    "model.net.num_kv_heads=1",
-    "model.net.hidden_size=42",
-    "model.net.mlp_size=97",
-    "data=text",
-    "data.sequence_length=16",
-    f"trainer.max_steps={STEADY + 1}",
-    "trainer.val_every_steps=null",
-    "trainer.log_every_steps=1000",
-    "data.max_val_samples=4",
-    "data.global_batch_size=24",
-    "logger=none",
-    "launcher.accelerator=cpu",
-]
 
 
 def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
@@ -139,20 +117,12 @@ def census_rank(job: Job) -> None:
     train(job, callbacks=[Census(job.run_dir)])
 
 
-def stats_of(job: Job) -> ModelStats:
-    model = build_model(job.config)
-    model.configure_model()
-    assert isinstance(job.data, SampledData)
-    return measure(model, BatchDataset(job.data.train_samples())[np.zeros(1, dtype=np.int64)])
-
-
 Count = Callable[..., tuple[Job, Workload, ModelStats, list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
 def count(tmp_path_factory: pytest.TempPathFactory) -> Count:
     """(job, workload, stats, one report per rank) of a run, made once for all tests that ask for it."""
-    import_deepspeed(on_gpu=False)
     made: dict[tuple[object, ...], Any] = {}
 
     def run(strategy: str, ranks: int, accumulation: int, *overrides: str) -> Any:
@@ -160,10 +130,10 @@ def count(tmp_path_factory: pytest.TempPathFactory) -> Count:
         if key not in made:
             folder = tmp_path_factory.mktemp("census")
             batch = f"data.micro_batch_size={24 // ranks // accumulation}"
-            words = [*ODD, batch, f"strategy={strategy}", f"launcher.devices={ranks}", *overrides]
+            words = [*DEEP_ODD, batch, f"strategy={strategy}", f"launcher.devices={ranks}", *overrides]
             job = Job.of(resolve(validate(compose([*words, f"run_dir='{folder}'"]))))
             job.data.prepare()
-            run_ranks(ranks, folder, census_rank, job)
+            run_job(job, census_rank, job)
             reports = [json.loads((folder / f"census{rank}.json").read_text()) for rank in range(ranks)]
             moments = 1 if "optimizer=sgd" in overrides else 2
             workload = Workload(precision=job.config.precision, accumulation=accumulation, moments=moments)

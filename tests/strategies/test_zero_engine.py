@@ -13,19 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.engines.deepspeed import import_deepspeed
 from strategies.engines.extensions import deepspeed_extension, is_current
 from strategies.engines.precision import LossScaler
 from tests.agreement.cases import Case, own
-from tests.agreement.test_agreement import train_case
+from tests.agreement.training import train_case
 from tracking.agreement import Draw, compare
 from tracking.record import RunRecord
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, in the process that ranks are forked from."""
-    import_deepspeed(on_gpu=False)
 
 
 def reports(folder: Path, name: str) -> list[Any]:

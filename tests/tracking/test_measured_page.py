@@ -15,9 +15,8 @@ import pytest
 
 from launch.job import Job
 from launch.worker import train
-from tests.agreement.test_agreement import job_of
-from tests.harness import run_ranks
-from tests.strategies.test_bubble import SleepingBlocks
+from tests.agreement.training import job_of, run_job
+from tests.strategies.sleeping import SleepingBlocks
 from tracking.comparison import compare_runs
 from tracking.page import page
 from tracking.sources import read_run
@@ -80,7 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "launcher.devices=2",
         "launcher.accelerator=cpu",
     ]
-    run_ranks(2, folder, train_rank, job_of(words, folder))
+    job = job_of(words, folder)
+    run_job(job, train_rank, job)
     return folder
 
 

@@ -14,14 +14,12 @@ import pytest
 
 from launch.job import Job
 from launch.worker import train
-from strategies.engines.deepspeed import import_deepspeed
 from strategies.grid import Grid
 from strategies.spec import Workload
-from tests.agreement.test_agreement import job_of
-from tests.harness import run_ranks
-from tests.strategies.test_bubble import Clock, Setting, SleepingBlocks
-from tests.strategies.test_zero_bytes import ODD, stats_of
-from tests.tracking.test_meter import Slow, fit
+from tests.agreement.training import job_of, run_job
+from tests.strategies.counting import DEEP_ODD, stats_of
+from tests.strategies.sleeping import Clock, Setting, SleepingBlocks
+from tests.tracking.slow import Slow, fit
 from tracking.comparison import compare_runs
 from tracking.gantt import idle_share
 from tracking.record import Results, RunRecord
@@ -29,15 +27,9 @@ from tracking.sources import Event, read_run, read_trace
 from tracking.tracing import StepTracer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_imported() -> None:
-    """Once, in the process that ranks are forked from."""
-    import_deepspeed(on_gpu=False)
-
-
 def traced_run(words: list[str], folder: Path) -> tuple[Job, Results, list[Event]]:
     job = job_of(words, folder)
-    run_ranks(job.world_size, folder, train_rank, job)
+    run_job(job, train_rank, job)
     trace = read_trace(folder / "trace.json") if (folder / "trace.json").exists() else []
     return job, RunRecord.read(folder / "record.json").results, trace
 
@@ -53,7 +45,7 @@ STRATEGIES = ["ddp", "zero1", "zero3", "fsdp"]
 
 @pytest.fixture(scope="module", params=STRATEGIES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    words = [*ODD, "data.micro_batch_size=12", f"strategy={request.param}", "launcher.devices=2"]
+    words = [*DEEP_ODD, "data.micro_batch_size=12", f"strategy={request.param}", "launcher.devices=2"]
     job, results, trace = traced_run(words, tmp_path_factory.mktemp("run"))
     return job, results, trace, stats_of(job), Workload(precision=job.config.precision, micro_batch_size=12)
 
@@ -204,7 +196,7 @@ def test_a_pipelines_idle_share_is_its_bubble(setting: Setting, tmp_path: Path) 
 
 
 def test_a_run_may_go_untraced(tmp_path: Path) -> None:
-    words = [*ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1", "trainer.trace_steps=0"]
+    words = [*DEEP_ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1", "trainer.trace_steps=0"]
     _, results, trace = traced_run(words, tmp_path)
     assert trace == []
     assert (results.memory, results.traffic, results.wait_share, results.traced_steps) == ([], [], [], [])
@@ -212,7 +204,7 @@ def test_a_run_may_go_untraced(tmp_path: Path) -> None:
 
 
 def test_one_process_is_traced_too_and_leaves_no_other_file(tmp_path: Path) -> None:
-    words = [*ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1"]
+    words = [*DEEP_ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1"]
     _, results, trace = traced_run(words, tmp_path)
     assert results.traced_steps == [4] and results.traffic == [[]] and results.wait_share == [0.0]
     assert of(trace, 0, "forward") and not of(trace, 0, "collective")

@@ -1,0 +1,58 @@
+"""Training a case on forked ranks, and what `verify` would say of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.compose import compose
+from launch.fork import import_engine
+from launch.job import Job, resolve
+from launch.schema import validate
+from launch.worker import build_model, on_meta, stats_of, train
+from models.stats import ModelStats
+from tests.agreement.cases import Case
+from tests.harness import run_ranks
+from tracking.agreement import Check, Draw, another_draw_matters, compare, other_micro_batches
+from tracking.evidence import Evidence
+
+
+def job_of(overrides: list[str], folder: Path) -> Job:
+    job = Job.of(resolve(validate(compose([*overrides, f"run_dir='{folder}'"]))))
+    job.data.prepare()
+    return job
+
+
+def train_case(overrides: list[str], folder: Path, fault: type | None = None) -> Evidence:
+    """The evidence of one run on forked ranks, with a fault planted if one is given."""
+    job = job_of(overrides, folder)
+    # Counted once, not by each of as many ranks as there are cores to share.
+    stats = stats_of(on_meta(build_model(job.config)), job) if job.mesh.cuts else None
+    run_job(job, train_rank, job, fault, stats)
+    return Evidence.load(folder)
+
+
+def run_job(job: Job, function: Callable[..., Any], *args: Any) -> None:
+    """Call `function(*args)` on each of a job's ranks, forked from here with all that they need imported."""
+    import_engine(job)
+    run_ranks(job.world_size, job.run_dir, function, *args)
+
+
+def train_rank(job: Job, fault: type | None, stats: ModelStats | None) -> None:
+    train(job, callbacks=[] if fault is None else [fault()], stats=stats)
+
+
+def checks_of(case: Case, folder: Path, references: Callable, fault: type | None = None) -> list[Check]:
+    """What `verify` would say of a case, further draws of its references among it."""
+    candidate = train_case(case.overrides, folder, fault)
+    master = "bfloat16" if case.precision == "bf16_pure" else "float32"
+    sizes = [case.global_batch, *other_micro_batches(case.global_batch, case.global_batch)]
+    draws: list[Draw] = []
+    checks: list[Check] = []
+    while sizes and (not draws or another_draw_matters(checks)):
+        draws.append(references(case, sizes.pop(0)))
+        checks = compare(draws, candidate, master=master)
+    return checks
+
+
+# The limit is not tuned to the faults: each goes beyond it by at least this factor (repeated samples: by this many).
+LEAST_EXCESS = 3
