@@ -1,0 +1,329 @@
+"""Faults to plant in the product's own source, each a change that a careless edit could make, and who is to notice.
+
+The first sixteen are the classes of tests/agreement/faults.py, from which they have their names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """`old`, which stands in `file` once, becomes `new`; `tests` (pytest's arguments) are expected to turn red.
+
+    proof: the same of `make prove`, where that is something else.
+    """
+
+    name: str
+    does: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    proof: str = ""
+
+    @property
+    def room(self) -> str:
+        return str(PurePath(self.file).parent)
+
+
+# By function and strategy: which switches the everyday case of a strategy has set is not known here.
+AGREEMENT, GRID = "tests/agreement/test_agreement.py", "tests/agreement/test_grid.py"
+DDP, ZERO = f"{AGREEMENT} -k 'agrees and ddp'", f"{AGREEMENT} -k 'agrees and zero'"
+FSDP, TENSOR = f"{GRID} -k 'test_grid_agrees and fsdp'", f"{GRID} -k 'test_grid_agrees and tensor'"
+PIPELINED = f"{GRID} -k 'test_grid_agrees and (pipeline or 3d)'"
+TRACED = "tests/strategies/test_traced.py"
+
+MUTANTS = (
+    Mutant(
+        name="AveragedTwice",
+        does="divides the loss by the number of ranks, whose gradients DDP averages",
+        file="strategies/engines/replicate.py",
+        old="        return super().backward(closure_loss, optimizer, *args, **kwargs)\n",
+        new="        closure_loss = closure_loss / self.module.trainer.world_size\n"
+        "        return super().backward(closure_loss, optimizer, *args, **kwargs)\n",
+        tests=DDP,
+    ),
+    Mutant(
+        name="AccumulatedTwice",
+        does="divides the loss by the accumulation, by which Lightning has divided it",
+        file="strategies/engines/replicate.py",
+        old="        return super().backward(closure_loss, optimizer, *args, **kwargs)\n",
+        new="        closure_loss = closure_loss / self.module.trainer.accumulate_grad_batches\n"
+        "        return super().backward(closure_loss, optimizer, *args, **kwargs)\n",
+        tests=DDP,
+    ),
+    Mutant(
+        name="DeepSpeedScalesAgain",
+        does="lets DeepSpeed divide by the accumulation as well",
+        file="strategies/engines/deepspeed.py",
+        old="scale_wrt_gas=False",
+        new="scale_wrt_gas=True",
+        tests=ZERO,
+    ),
+    Mutant(
+        name="Summed",
+        does="has DeepSpeed add up the ranks' gradients, and not divide them by their number",
+        file="strategies/zero.py",
+        old='            "zero_optimization": section,\n',
+        new='            "zero_optimization": section,\n'
+        '            "gradient_allreduce_op": "mean" if self.stage == 3 else "sum",\n',
+        tests=ZERO,
+    ),
+    Mutant(
+        name="ShardNotStepped",
+        does="never steps the last rank's part of the weights",
+        file="strategies/engines/deepspeed.py",
+        old="        leave_out_when(lambda: self.leaves_out, optimizer)\n",
+        new="        leave_out_when(lambda: self.leaves_out, optimizer)\n"
+        "        if self.global_rank == self.world_size - 1:\n"
+        "            optimizer._optimizer_step = lambda group: None\n",
+        tests=ZERO,
+    ),
+    Mutant(
+        name="NotAveraged",
+        does="switches DDP's reductions off for the backward of zeros, and never on again",
+        file="strategies/engines/replicate.py",
+        old="        model.reducer.prepare_for_backward([])\n",
+        new="        model.require_backward_grad_sync = False\n        model.reducer.prepare_for_backward([])\n",
+        tests=DDP,
+    ),
+    Mutant(
+        name="ClippedByLocalNorm",
+        does="clips each rank's gradients by their own norm before DDP averages them",
+        file="strategies/engines/replicate.py",
+        old="            self.settle_buckets()\n",
+        new="            self.settle_buckets()\n"
+        "            model, limit = cast(DistributedDataParallel, self.model), trainer.gradient_clip_val or 1e9\n"
+        "            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n\n"
+        "            def clipped(group: Any, bucket: Any) -> Any:\n"
+        "                bucket.buffer().mul_((limit / (bucket.buffer().norm() + 1e-6)).clamp(max=1.0))\n"
+        "                return allreduce_hook(group, bucket)\n\n"
+        "            model.register_comm_hook(None, clipped)\n",
+        tests=DDP,
+    ),
+    Mutant(
+        name="SamplesRepeated",
+        does="reads the first rank's samples on every rank",
+        file="datamodules/loading.py",
+        old='"data_rank": data_rank, "data_ranks": data_ranks}',
+        new='"data_rank": 0, "data_ranks": data_ranks}',
+        tests=DDP,
+    ),
+    Mutant(
+        name="OtherInitialWeight",
+        does="seeds the first weights by rank",
+        file="strategies/engines/materialize.py",
+        old="        torch.manual_seed(parameter_seed(seed, fqn))\n",
+        new="        of_rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0\n"
+        "        torch.manual_seed(parameter_seed(seed + of_rank, fqn))\n",
+        tests=FSDP,
+    ),
+    Mutant(
+        name="StepSkipped",
+        does="leaves the second optimizer step out",
+        file="strategies/engines/finite.py",
+        old="        if self.problem is None:\n            return True\n",
+        new="        if self.problem is None:\n            return trainer.global_step != 1\n",
+        tests=DDP,
+    ),
+    Mutant(
+        name="StagesSwapped",
+        does="has the first stage's last unit and the second stage's first one change places",
+        file="strategies/engines/grid.py",
+        old="        return [[chain.modules[position] for position in part] for part in parts]\n",
+        new="        stages = [[chain.modules[position] for position in part] for part in parts]\n"
+        "        if self.spec.pipe > 1:\n"
+        "            stages[0][-1], stages[1][0] = stages[1][0], stages[0][-1]\n"
+        "        return stages\n",
+        tests=PIPELINED,
+    ),
+    Mutant(
+        name="MicroBatchDropped",
+        does="leaves out the backward of the second micro-batch on the first stage",
+        file="strategies/engines/pipeline.py",
+        old="        torch.autograd.backward(roots, self.gradients_of(stage, micro, kept))\n",
+        new="        gradients = self.gradients_of(stage, micro, kept)\n"
+        "        if (stage, micro) != (0, 1):\n"
+        "            torch.autograd.backward(roots, gradients)\n",
+        tests=PIPELINED,
+    ),
+    Mutant(
+        name="ClippedByStageNorm",
+        does="clips by the norm of what one rank has",
+        file="strategies/engines/grid.py",
+        old="        return self.guard.agree(self.shards.square()).sqrt()\n",
+        new="        self.guard.agree(self.shards.square())\n        return self.shards.square().sqrt()\n",
+        tests=PIPELINED,
+    ),
+    Mutant(
+        name="TiedNotSummed",
+        does="leaves both copies of a tied weight the gradient of their own place",
+        file="strategies/engines/grid.py",
+        old="        self.ties.sum_gradients()\n",
+        new="",
+        tests=PIPELINED,
+    ),
+    Mutant(
+        name="ReshardedInBetween",
+        does="lets go of gathered weights behind each backward, though that of weights comes later",
+        file="strategies/engines/sharding.py",
+        old="    root.set_reshard_after_backward(False)\n",
+        new="    root.set_reshard_after_backward(True)\n",
+        tests=f"{GRID} -k 'test_grid_agrees and 2d_pipeline'",
+    ),
+    Mutant(
+        name="NormsPartNotSummed",
+        does="leaves each tensor rank its part of a norm's gradient",
+        file="strategies/engines/grid.py",
+        old="        tensor.sum_partial_gradients(parameters)\n",
+        new="",
+        tests=TENSOR,
+    ),
+    Mutant(
+        name="OnePercentMore",
+        does="scales a pipeline's gradients by 1.01",
+        file="strategies/engines/steps.py",
+        old="            return loss * (weights[micro] / accumulation)\n",
+        new="            return loss * (1.01 * weights[micro] / accumulation)\n",
+        tests=PIPELINED,
+    ),
+    Mutant(
+        name="BucketSkipped",
+        does="forgets the last bucket of gradients, which is not full",
+        file="strategies/engines/shards.py",
+        old="        bucket.append(tensor)\n    if bucket:\n        yield bucket\n",
+        new="        bucket.append(tensor)\n",
+        tests="tests/strategies/test_grid_parts.py -k lacks_counts_as_zeros",
+    ),
+    Mutant(
+        name="DrawnByRank",
+        does="seeds what first and last stage must draw alike by each one's rank",
+        file="strategies/engines/steps.py",
+        old="*here, dist.get_rank(self.data_group))",
+        new="*here, dist.get_rank())",
+        tests="tests/strategies/test_grid_engine.py -k draw_the_same",
+    ),
+    Mutant(
+        name="SamplesByWorldSize",
+        does="shuffles samples by the number of data ranks, too",
+        file="datamodules/loading.py",
+        old="seed=data.seed)",
+        new="seed=data.seed + data_ranks)",
+        tests="tests/datamodules/test_loading.py -k 'sees_every_step'",
+    ),
+    Mutant(
+        name="StepSeenTwice",
+        does="goes on with the samples of the step that lies behind a checkpoint",
+        file="datamodules/loading.py",
+        old="first_step=trainer.global_step,",
+        new="first_step=max(0, trainer.global_step - 1),",
+        tests="tests/datamodules/test_loading.py -k resume",
+    ),
+    Mutant(
+        name="RateOneStepBehind",
+        does="goes on with the learning rate of the step that lies behind a checkpoint",
+        file="launch/schedule.py",
+        old="base * factor(scheduler.last_epoch)",
+        new="base * factor(max(0, scheduler.last_epoch - 1))",
+        tests="tests/launch/test_schedule.py tests/agreement/test_freedom.py -k 'schedule_goes_on or ddp-zero3'",
+    ),
+    Mutant(
+        name="ValidationTruncated",
+        does="averages the sizes of validation batches as integers",
+        file="strategies/engines/averaging.py",
+        old="tensor if tensor.is_floating_point() else tensor.double()",
+        new="tensor",
+        tests=DDP,
+    ),
+    Mutant(
+        name="DigestNotChecked",
+        does="takes a checkpoint's file for whole if it has as many bytes as were written",
+        file="strategies/checkpoint.py",
+        old="    if found != file.sha256:\n",
+        new="    if len(found) != len(file.sha256):\n",
+        tests="tests/strategies/test_checkpoint.py -k damage",
+    ),
+    Mutant(
+        name="NanPasses",
+        does="looks for NaN in losses, and not in gradients",
+        file="strategies/engines/finite.py",
+        old="problem_of(words) or (None if math.isfinite(total) else GRADIENTS)",
+        new="problem_of(words) if math.isfinite(total) else problem_of(words)",
+        tests="tests/agreement/test_nan.py -k 'no_number_is_said and fsdp'",
+    ),
+    Mutant(
+        name="MemoryWithoutMaster",
+        does="leaves the master copy out of ZeRO's memory()",
+        file="strategies/zero_costs.py",
+        old="    copies = sum(owned) * master * (1 + workload.moments)  #",
+        new="    copies = sum(owned) * master * workload.moments  #",
+        tests=f"{TRACED} -k 'memory and zero2'",
+    ),
+    Mutant(
+        name="TrafficOfOneMicroBatch",
+        does="counts one reduction a step in the grid's traffic(), however many micro-batches there are",
+        file="strategies/grid_costs.py",
+        old="grid.shards, reductions * group.padded * reduce",
+        new="grid.shards, group.padded * reduce",
+        tests=f"{TRACED} -k 'traffic and fsdp'",
+    ),
+    Mutant(
+        name="BubbleOfLastRank",
+        does="takes a schedule to be over when the last rank is",
+        file="strategies/schedules.py",
+        old="    return max(free_at)\n",
+        new="    return free_at[-1]\n",
+        tests="tests/strategies/test_schedules.py -k bubble",
+    ),
+    Mutant(
+        name="OtherRankBlamed",
+        does="names the rank that has come furthest as the one that hangs",
+        file="launch/hang.py",
+        old="fewest = min(",
+        new="fewest = max(",
+        tests="tests/launch/test_watchdog.py -k who_lags",
+    ),
+    Mutant(
+        name="RanksLiveOn",
+        does="ends the thread that watches a rank's parent, instead of the rank",
+        file="launch/lifeline.py",
+        old="        os.kill(os.getpid(), signal.SIGKILL)\n",
+        new="        raise SystemExit\n",
+        tests="tests/launch/test_failures.py -k killed_dispatcher",
+    ),
+    Mutant(
+        name="BatchRoundedDown",
+        does="rounds a batch down that does not divide, instead of refusing it",
+        file="launch/job.py",
+        old="    if data.global_batch_size % per_round == 0:\n",
+        new="    if data.global_batch_size >= per_round:\n",
+        tests="tests/launch/test_bad_input.py -k 'does and not and divide'",
+    ),
+    Mutant(
+        name="RowsOfAStepJoined",
+        does="gives W&B the step, so that it keeps one row of those that a step has",
+        file="tracking/wandb_logger.py",
+        old="partial(self.experiment.log, row)",
+        new="partial(self.experiment.log, row, step=step)",
+        tests="tests/tracking/test_wandb.py -k every_row",
+    ),
+    Mutant(
+        name="FirstRepeatForAll",
+        does="shows of each repeat how far the first one lies from the reference",
+        file="tracking/comparison.py",
+        old="_losses(losses[index], apart[-1], target)",
+        new="_losses(losses[index], apart[0], target)",
+        tests="tests/tracking/test_comparison.py",
+    ),
+    Mutant(
+        name="SecretInAList",
+        does="lets secrets in lists through",
+        file="tracking/redact.py",
+        old="        return [redact(item) for item in value]\n",
+        new="        return list(value)\n",
+        tests="tests/tracking/test_redact.py",
+    ),
+)
