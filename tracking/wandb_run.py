@@ -63,10 +63,10 @@ def start_run(
 
     Raises ValueError for a WANDB_MODE that does not exist.
     """
-    be_quiet()
     mode = choose_mode(config)
-    if mode == "disabled":
+    if mode == "disabled":  # asked before W&B's service is started, which takes a third of a second
         return None
+    be_quiet()
     keys: dict[str, Any] = {
         "project": config.project,
         "entity": config.entity,
@@ -106,6 +106,7 @@ def choose_mode(config: WandbConfig) -> Mode:
 
 def has_api_key() -> bool:
     """Whether W&B finds a key for its configured server: in the environment, in netrc or in its settings."""
+    be_quiet()
     host = wandb.setup().settings.base_url
     try:
         return wbauth.authenticate_session(host=host, source="concord", prompt=False, update_session=False) is not None
