@@ -4,8 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # zero3_nvme needs a library that not every machine has, and a build of minutes.
 EVERYWHERE := exclude=[_*,*_nvme]
+# Two workers; tests that share a training are together in a file. The largest files come first by their place.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-fast matrix lint format verify lock clean
+.PHONY: help setup demo test prove mutants lint format verify lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,15 +20,15 @@ setup: .venv/ready  ## Make .venv from requirements.lock (does nothing when it i
 demo: setup  ## Train a small GPT on the bundled text under every strategy, and print the runs side by side.
 	@$(BIN)/python train.py -m recipe=demo 'strategy=glob(*,$(EVERYWHERE))'
 
-test: setup  ## Run the whole test-suite.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	@$(BIN)/python -m pytest -m alone tests/strategies/test_bubble.py tests/tracking/test_tracing.py
+test: setup  ## Run the everyday tests: what a change may break, each strategy and each planted fault once.
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not full and not matrix and not alone'
 
-test-fast: setup  ## Run the tests that take less than 10 s each.
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not matrix and not alone'
+prove: test  ## Run all tests: also every further case, every spread at 2, 4 and 8 ranks, and what measures time.
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m '(full or matrix) and not alone'
+	@$(BIN)/python -m pytest -m alone
 
-matrix: setup  ## Prove the agreement of every preset and schedule at 2, 4 and 8 ranks, each switch both ways (100 cases).
-	@$(BIN)/python -m pytest -n 2 -m matrix tests/agreement
+mutants: setup  ## Plant thirty faults in a copy of the code, one by one: the tests have to catch each (not in CI).
+	@$(BIN)/python -m tests.mutants
 
 lint: setup  ## Check format, style, types and the direction of imports.
 	@$(BIN)/ruff format --check .

@@ -197,3 +197,18 @@ COMPILE_CASES = [
     Case(strategy="ddp", compile=True, precision="bf16", checkpointing="full"),
     Case(strategy="zero3", compile=True, tied=True, accumulation=2),
 ]
+
+# What stands for each of these strategies in the everyday tests; between them each switch is set either way.
+EVERYDAY = {
+    case.strategy: case
+    for case in (
+        CHECKPOINTING_CASES[0],  # single
+        Case(strategy="ddp", model="vit", accumulation=4),
+        Case(strategy="zero1", model="vit", optimizer="sgd"),
+        Case(strategy="zero2", model="vit", optimizer="sgd", clip=False, accumulation=4),
+        Case(strategy="zero3", tied=True, accumulation=2, checkpointing="full"),
+        Case(
+            strategy="zero3_offload", model="gpt", optimizer="sgd", clip=True, tied=True, accumulation=4, world_size=2
+        ),
+    )
+}

@@ -7,18 +7,30 @@ from pathlib import Path
 import pytest
 
 from tests.agreement import faults
-from tests.agreement.cases import CHECKPOINTING_CASES, COMPILE_CASES, DDP_CASES, PRECISION_CASES, ZERO_CASES, Case
+from tests.agreement.cases import (
+    CHECKPOINTING_CASES,
+    COMPILE_CASES,
+    DDP_CASES,
+    EVERYDAY,
+    PRECISION_CASES,
+    ZERO_CASES,
+    Case,
+)
+from tests.agreement.grid_cases import EVERYDAY as EVERYDAY_GRID
+from tests.agreement.grid_faults import ENDING
+from tests.agreement.grid_faults import EVERYDAY_PLANTED as EVERYDAY_GRID_PLANTED
 from tests.agreement.training import LEAST_EXCESS, checks_of
+from tests.presets import PRESETS
+from tests.tiers import in_tiers
 from tracking.evidence import Evidence
 
 Train = Callable[..., Evidence]
 
 
-# Where no earlier run has left compiled code, a compiler needs 20 s for a block of ours.
-COMPILED = [pytest.param(case, marks=pytest.mark.slow) for case in COMPILE_CASES]
+CASES = [*DDP_CASES, *ZERO_CASES, *PRECISION_CASES, *CHECKPOINTING_CASES, *COMPILE_CASES]
 
 
-@pytest.mark.parametrize("case", [*DDP_CASES, *ZERO_CASES, *PRECISION_CASES, *CHECKPOINTING_CASES, *COMPILED], ids=str)
+@pytest.mark.parametrize("case", in_tiers(CASES, EVERYDAY.values()), ids=str)
 def test_strategy_agrees_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
     checks = checks_of(case, tmp_path, references)
     assert [check for check in checks if not check.passed] == []
@@ -54,7 +66,30 @@ def test_cases_hold_every_pair_of_two_switches(cases: list[Case]) -> None:
         assert wanted <= {(getattr(case, one), getattr(case, other)) for case in cases}, (one, other)
 
 
-@pytest.mark.parametrize(("fault", "case"), PLANTED, ids=lambda part: getattr(part, "__name__", str(part)))
+EVERYDAY_PLANTED = [
+    *((fault, EVERYDAY["ddp"]) for fault in (faults.AveragedTwice, faults.AccumulatedTwice, faults.NotAveraged)),
+    *((fault, EVERYDAY["ddp"]) for fault in (faults.ClippedByLocalNorm, faults.SamplesRepeated)),
+    *((fault, EVERYDAY["ddp"]) for fault in (faults.OtherInitialWeight, faults.StepSkipped)),
+    *((fault, EVERYDAY["zero2"]) for fault in (faults.DeepSpeedScalesAgain, faults.Summed, faults.ShardNotStepped)),
+]
+
+
+def test_everyday_cases_are_of_every_strategy_and_fault() -> None:
+    presets = {path.stem for path in PRESETS}
+    # zero3_nvme needs a library that not every machine has: test_zero_engine.py trains it where there is one.
+    assert {*EVERYDAY, *(case.strategy for case in EVERYDAY_GRID)} == presets - {"zero3_nvme"}
+    assert all(case.strategy == strategy for strategy, case in EVERYDAY.items())
+    planted = {fault for fault, _ in (*EVERYDAY_PLANTED, *EVERYDAY_GRID_PLANTED)}
+    known = {kind for kind in vars(faults).values() if isinstance(kind, type) and kind.__module__ == faults.__name__}
+    assert planted | ENDING == known
+    assert planted & ENDING == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "case"),
+    in_tiers(PLANTED, EVERYDAY_PLANTED),
+    ids=lambda part: getattr(part, "__name__", str(part)),
+)
 def test_planted_fault_is_caught(fault: type, case: Case, tmp_path: Path, references: Callable) -> None:
     checks = checks_of(case, tmp_path, references, fault)
     excess = max(check.difference / check.limit if check.limit else check.difference for check in checks)

@@ -13,15 +13,24 @@ from tests.agreement.cases import Case, own
 from tests.agreement.free_cases import FREE, RESIZED, SAVED, FreeCase, same
 from tests.agreement.grid_cases import GridCase
 from tests.agreement.training import train_case
+from tests.tiers import in_tiers
 from tracking.agreement import Draw, compare
 from tracking.evidence import Evidence
 
 # Every strategy is left for another and resumed from another; the matrix has all other pairs, too.
 RING = list(itertools.pairwise([*FREE, "single"]))
-PAIRS = [
-    pytest.param(first, second, marks=[] if (first, second) in RING else pytest.mark.matrix)
-    for first, second in itertools.product(FREE, FREE)
-]
+# One pair for each two of the families of engines: data-parallel, DeepSpeed's, and the grid's.
+EVERYDAY = [("ddp", "zero3"), ("zero3", "3d"), ("pipeline", "ddp")]
+SAME = ("ddp", "zero3", "pipeline")
+
+
+def marks_of(first: str, second: str) -> list[pytest.MarkDecorator]:
+    if (first, second) in EVERYDAY:
+        return []
+    return [pytest.mark.full if (first, second) in RING else pytest.mark.matrix]
+
+
+PAIRS = [pytest.param(first, second, marks=marks_of(first, second)) for first, second in itertools.product(FREE, FREE)]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +75,7 @@ def test_what_one_strategy_saves_another_goes_on_with(
     assert [check for check in compare(draws, history, master="float32") if not check.passed] == []
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param(name, marks=pytest.mark.matrix if name == "3d" else []) for name in FREE]
-)
+@pytest.mark.parametrize("strategy", in_tiers(list(FREE), SAME))
 def test_the_same_strategy_goes_on_as_if_nothing_had_been(strategy: str, tmp_path: Path, saved: Callable) -> None:
     run_dir, whole = saved(strategy)
     assert same(resumed(run_dir, FREE[strategy], tmp_path), whole)
@@ -90,7 +97,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("case", ODD, ids=str)
+@pytest.mark.parametrize("case", in_tiers(ODD, ODD[1:2]), ids=str)
 def test_what_is_random_frozen_counted_or_rounded_goes_on_as_if_nothing_had_been(case: Case, tmp_path: Path) -> None:
     whole = train_case([*case.overrides, f"checkpoint.every_steps={SAVED}"], tmp_path / "whole")
     after = train_case([*case.overrides, f"resume='{folder_of(tmp_path / 'whole', SAVED)}'"], tmp_path / "after")
@@ -106,6 +113,7 @@ AFTER_VALIDATION = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", AFTER_VALIDATION, ids=str)
 def test_what_is_saved_for_its_validation_loss_goes_on_as_if_nothing_had_been(case: Case, tmp_path: Path) -> None:
     """Validation leaves units gathered that a training step would have let go of."""
@@ -116,6 +124,7 @@ def test_what_is_saved_for_its_validation_loss_goes_on_as_if_nothing_had_been(ca
     assert same(after, whole)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["bf16", "bf16_master", "bf16_pure", "fp64"])
 def test_precision_may_change_on_the_way(precision: str, tmp_path: Path, saved: Callable) -> None:
     run_dir, whole = saved("ddp")

@@ -1,4 +1,4 @@
-"""The grid's agreement: the everyday cases, and the matrix of all spreads, which `make matrix` runs."""
+"""The grid's agreement: every preset and schedule, and the matrix of all spreads."""
 
 import itertools
 from collections.abc import Callable
@@ -8,9 +8,11 @@ import pytest
 
 from tests.agreement import faults
 from tests.agreement.cases import Case
-from tests.agreement.grid_cases import EVERYDAY, MATRIX, SCHEDULES, SWITCHES, GridCase
+from tests.agreement.grid_cases import CHOSEN, EVERYDAY, MATRIX, SCHEDULES, SWITCHES, GridCase
+from tests.agreement.grid_faults import EVERYDAY_PLANTED, PLANTED
 from tests.agreement.training import LEAST_EXCESS, checks_of, train_case
 from tests.presets import PRESETS
+from tests.tiers import in_tiers
 from tracking.agreement import Check
 
 PRECISIONS = [
@@ -21,13 +23,13 @@ PRECISIONS = [
 ]
 
 
-@pytest.mark.parametrize("case", [*EVERYDAY, *PRECISIONS], ids=str)
+@pytest.mark.parametrize("case", in_tiers([*CHOSEN, *PRECISIONS], EVERYDAY), ids=str)
 def test_grid_agrees_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
     assert failed(checks_of(case, tmp_path, references)) == []
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("case", [case for case in MATRIX if case not in EVERYDAY], ids=str)
+@pytest.mark.parametrize("case", [case for case in MATRIX if case not in CHOSEN], ids=str)
 def test_every_spread_agrees_with_one_process(case: Case, tmp_path: Path, references: Callable) -> None:
     assert failed(checks_of(case, tmp_path, references)) == []
 
@@ -52,7 +54,7 @@ def failed(checks: list[Check]) -> list[Check]:
 
 def test_matrix_holds_every_preset_schedule_and_pair_of_switches() -> None:
     grids = {path.stem for path in PRESETS if "- _grid" in path.read_text()}
-    for cases in (MATRIX, EVERYDAY):
+    for cases in (MATRIX, CHOSEN):
         assert {case.strategy for case in cases} == grids
         assert {case.schedule for case in cases} == set(SCHEDULES)
     assert {case.world_size for case in MATRIX} == {2, 4, 8}
@@ -65,20 +67,9 @@ def test_matrix_holds_every_preset_schedule_and_pair_of_switches() -> None:
             assert {getattr(case, switch) for case in met} == set(SWITCHES[switch]), (spread, switch)
 
 
-PIPELINE = GridCase(strategy="pipeline")
-PLANTED = [
-    (faults.StagesSwapped, GridCase(strategy="pipeline", schedule="interleaved_1f1b")),
-    (faults.MicroBatchDropped, PIPELINE),
-    (faults.ClippedByStageNorm, PIPELINE),
-    (faults.TiedNotSummed, GridCase(strategy="pipeline", tied=True)),
-    (faults.TiedNotSummed, GridCase(strategy="pipeline", tied=True, schedule="zbv")),
-    (faults.AveragedTwice, GridCase(strategy="fsdp")),
-    (faults.SamplesRepeated, GridCase(strategy="hsdp", world_size=4)),
-    (faults.StepSkipped, GridCase(strategy="2d", world_size=4)),
-]
-
-
-@pytest.mark.parametrize(("fault", "case"), PLANTED, ids=lambda part: getattr(part, "__name__", str(part)))
+@pytest.mark.parametrize(
+    ("fault", "case"), in_tiers(PLANTED, EVERYDAY_PLANTED), ids=lambda part: getattr(part, "__name__", str(part))
+)
 def test_planted_fault_is_caught(fault: type, case: Case, tmp_path: Path, references: Callable) -> None:
     checks = checks_of(case, tmp_path, references, fault)
     assert failed(checks) != []

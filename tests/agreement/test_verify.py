@@ -19,7 +19,7 @@ def verify(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_each_candidate_gets_its_verdict(tmp_path: Path) -> None:
     """Two world sizes share their references; the model that depends on its rank agrees with one process on one."""
     model = "model._target_=tests.launch.failing.DependsOnRank"

@@ -20,7 +20,7 @@ from launch.zygote import Fork, Zygote, end_zygote, zygote_for
 from tests.launch.command import REPOSITORY, TINY, alive, family, rank_process, start, train, wait_for
 from tracking.record import RunRecord
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 DDP = ["strategy=ddp", *TINY, "run_dir=run"]
 ENDLESS = [*DDP, "trainer.max_steps=1000000", "trainer.val_every_steps=null"]
 

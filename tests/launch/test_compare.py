@@ -17,7 +17,7 @@ from tests.launch.command import REPOSITORY, TINY, user_environment, wait_for
 from tests.launch.warm import start, train
 from tests.tracking.runs import measured, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 SCRIPT = str(REPOSITORY / "scripts/compare.py")
 GIB = 2**30
 MB = 10**6

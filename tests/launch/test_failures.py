@@ -14,7 +14,7 @@ from tests.launch.slow_disk import SAVED_STEP
 from tests.launch.warm import train
 from tracking.status import read_status
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.mark.parametrize("rank", [0, 1])

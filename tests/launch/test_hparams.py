@@ -36,7 +36,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
     return folder / "search", run
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_search_ends_with_the_best_of_the_trials_that_did_not_fail(
     search: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -58,7 +58,7 @@ def test_a_search_ends_with_the_best_of_the_trials_that_did_not_fail(
     assert f"{len(failed)} of 6 failed (trial" in last
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_search_that_is_over_runs_nothing_when_it_is_resumed(
     search: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -81,7 +81,7 @@ def test_another_search_in_the_folder_of_one_is_refused(
     assert "best is trial" not in run.stdout and page.stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_interrupted_search_is_resumed_at_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["hparams=lr", "hparams.trials=3", "trainer.max_steps=40", "model._target_=tests.launch.hanging.IsSlow"]
     monkeypatch.setenv("STEP_S", "0.2")
@@ -100,7 +100,7 @@ def test_an_interrupted_search_is_resumed_at_its_trial(tmp_path: Path, monkeypat
     assert len({optimizer["lr"] for optimizer in resolved}) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_without_any_trial_that_completes_a_search_fails(tmp_path: Path) -> None:
     words = ["hparams=lr", "hparams.trials=2", "objective=time_to_loss", "objective.loss=0.001"]
     run = train(tmp_path, *SEARCH, *words, timeout_s=200)

@@ -23,7 +23,7 @@ from tests.launch.warm import Command, start, train
 from tracking.record import RunRecord
 from tracking.status import read_status
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 STEPS = 12
 RUN = ["strategy=ddp", *TINY, f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1", "run_dir=run"]

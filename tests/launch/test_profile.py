@@ -15,7 +15,7 @@ from tracking.record import RunRecord
 STEPS = ["trainer.max_steps=9", "checkpoint.at_end=false", "run_dir=run"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", ["ddp", "pipeline"])
 def test_every_rank_traces_the_steps_asked_for(strategy: str, tmp_path: Path) -> None:
     words = ["profile=torch", "profile.first_step=6", "profile.shapes=true", "trainer.log_every_steps=1"]
@@ -42,7 +42,7 @@ def test_every_rank_traces_the_steps_asked_for(strategy: str, tmp_path: Path) ->
     assert timed == [8, 9]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_that_fails_leaves_what_it_has_seen(tmp_path: Path) -> None:
     words = ["profile=torch", "profile.first_step=2", "profile.steps=3", "trainer.trace_steps=0", "debug=nan"]
     model = ["model.net.num_layers=4", "model._target_=tests.launch.nan_parts.BreaksForward"]
@@ -52,7 +52,7 @@ def test_a_run_that_fails_leaves_what_it_has_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_snapshot_has_stacks(tmp_path: Path) -> None:
     tiny = [word for word in TINY if not word.startswith("launcher.")]
@@ -64,7 +64,7 @@ def test_memory_snapshot_has_stacks(tmp_path: Path) -> None:
     assert any(event["frames"] for event in snapshot["device_traces"][0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_profile_of_traced_steps_is_refused(tmp_path: Path) -> None:
     run = train(tmp_path, *TINY, *STEPS, "profile=torch", "profile.first_step=5")
     assert run.returncode == 1

@@ -36,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 GO_ON = [*TINY, "model.net.num_layers=2", "trainer.max_steps=6", "trainer.log_every_steps=1"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_another_strategy_goes_on_at_the_next_step(saved: Path) -> None:
     words = ["strategy=pipeline", "resume=first", "run_dir=second", "checkpoint.at_end=true"]
     run = train(saved, *GO_ON, *words)
@@ -218,7 +218,7 @@ def test_what_a_run_has_started_from_is_what_its_attempts_say(
     assert started_from(tmp_path) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_run_that_ended_before_its_first_checkpoint_starts_from_that_of_another_again(
     saved: Path, tmp_path: Path
 ) -> None:
@@ -235,7 +235,7 @@ def test_run_that_ended_before_its_first_checkpoint_starts_from_that_of_another_
     assert "step 5/6" in run.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sweep_from_a_checkpoint_is_resumed_from_what_its_jobs_have(saved: Path, tmp_path: Path) -> None:
     models = "models.language.LanguageModel,tests.launch.failing.HoldsNoReset"
     words = [*GO_ON, "strategy=single", f"model._target_={models}", "resume_despite=[model._target_]"]
@@ -260,7 +260,7 @@ def test_damaged_checkpoint_that_was_asked_for_is_refused_and_another_offered(sa
     assert f"{before} is whole" in run.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_auto_goes_on_from_the_checkpoint_before_a_damaged_one(saved: Path, tmp_path: Path) -> None:
     before, newest = checkpoints(copied(saved / "first", tmp_path / "run"))
     flip_bit(newest)
@@ -273,7 +273,7 @@ def test_auto_goes_on_from_the_checkpoint_before_a_damaged_one(saved: Path, tmp_
     assert newest.with_name("step-00000004.damaged").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_run_that_is_complete_is_not_run_again(saved: Path) -> None:
     run = train(saved, *TINY, "strategy=ddp", "model.net.num_layers=2", "run_dir=first", "resume=auto")
     assert run.returncode == 0, run.stderr
@@ -305,7 +305,7 @@ def test_data_may_move_but_not_change(tmp_path: Path) -> None:
     assert "data.files='novels/*.txt' matches no file" in run.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_folder_of_a_run_that_still_runs_is_refused(tmp_path: Path) -> None:
     words = ["strategy=single", *TINY, "trainer.max_steps=1000000", "trainer.val_every_steps=null", "run_dir=run"]
     first = start(tmp_path, *words)
@@ -337,7 +337,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_full_disk_ends_the_run_and_keeps_the_checkpoint_before(
     asynchronous: str, small_disk: Path, tmp_path: Path

@@ -68,7 +68,7 @@ def train_rank(job: Job) -> None:
     train(job, callbacks=[Peaks()])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp", "tensor", "zero1"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["at-once", "asynchronous"])
 def test_rank_that_saves_needs_a_tensor_at_once_or_a_copy_of_its_part(

@@ -53,7 +53,7 @@ def one(entries: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     return entry
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_offline_run_is_the_record_its_config_and_every_row_of_its_metrics(tmp_path: Path) -> None:
     words = ["trainer.log_every_steps=1", "trainer.val_every_steps=2", "logger.group=night", "run_dir=run"]
     run = train(tmp_path, "strategy=ddp", *SMALL, *words)
@@ -97,7 +97,7 @@ def without(row: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.startswith("_") and key not in keys}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_logs_its_page_as_an_artifact_of_its_group(tmp_path: Path) -> None:
     run = train(tmp_path, "-m", "strategy=single", *SMALL, "seed=1,2", "logger.group=night", "hydra.sweep.dir=sweep")
     assert run.returncode == 0, run.stderr
@@ -131,7 +131,7 @@ def test_all_that_the_sweep_of_w_and_b_may_choose_can_be_composed_and_is_no_choi
     assert SWEEP.stem not in train(tmp_path, "--help").stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_of_w_and_b_runs_against_train(tmp_path: Path) -> None:
     sweep = yaml.safe_load(SWEEP.read_text())
     assert sweep["program"] == "train.py" and (REPOSITORY / sweep["program"]).is_file()

@@ -110,7 +110,7 @@ def first_loss(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize(
     ("strategy", "place"),
-    [pytest.param(*pair, marks=[pytest.mark.slow] if pair[0] == "3d" else []) for pair in PAIRS],
+    [pytest.param(*pair, marks=[pytest.mark.full] if pair[0] == "3d" else []) for pair in PAIRS],
     ids=lambda part: getattr(part, "__name__", part),
 )
 def test_every_rank_starts_from_these_very_weights(
@@ -217,7 +217,7 @@ def test_weights_of_another_model_are_told_by_the_first_that_differs(
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_mistake_that_takes_torch_to_see_is_one_line_too(state: dict[str, Tensor], tmp_path: Path) -> None:
     path = as_file(state, tmp_path)
     run = train(tmp_path, *TINY, "strategy=ddp", f"model.weights='{path}'", "run_dir=run")
@@ -226,7 +226,7 @@ def test_mistake_that_takes_torch_to_see_is_one_line_too(state: dict[str, Tensor
     assert run.stderr.startswith(f"model.weights={path}: it has") or "net." in run.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_verify_starts_its_references_from_them_too(state: dict[str, Tensor], tmp_path: Path) -> None:
     from launch.verify import verify
 

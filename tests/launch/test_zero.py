@@ -10,7 +10,7 @@ from tests.launch.warm import train
 from tracking.record import RunRecord
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_run_under_deepspeed_is_a_run_like_any_other(tmp_path: Path) -> None:
     run = train(tmp_path, "strategy=zero3_offload", *TINY, "run_dir=run")
     assert (run.returncode, run.stderr) == (0, "")

@@ -205,7 +205,7 @@ def stub(path: Path, script: str) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_build_that_is_killed_half_way_leaves_nothing_that_stops_the_next(
     tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +225,7 @@ def test_build_that_is_killed_half_way_leaves_nothing_that_stops_the_next(
     assert "answer 42" in extension.log.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_build_that_is_interrupted_takes_its_lock_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extension = tiny(tmp_path)
     monkeypatch.setenv("CXX", str(endless_compiler(tmp_path)))

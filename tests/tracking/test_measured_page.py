@@ -98,7 +98,7 @@ def notes(folder: Path) -> list[Any]:
     return [json.loads((folder / f"notes{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_times_are_those_of_the_sleeps(shown: Mapping[str, Any]) -> None:
     assert STEP_S <= shown["step_ms_p50"] / 1000 < STEP_S + MOST_ELSE_S
     samples = 4 * 2 * ACCUMULATION
@@ -113,14 +113,14 @@ def test_times_are_those_of_the_sleeps(shown: Mapping[str, Any]) -> None:
             assert forward_s <= bar["duration_ms"] / 1000 < forward_s + MOST_ELSE_S
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_bytes_are_those_that_were_counted(shown: Mapping[str, Any], notes: list[Any]) -> None:
     told = {part["collective"]: [part["calls"], part["payload"]] for part in shown["traffic"]}
     assert told == notes[0]["sent"] == notes[1]["sent"]
     assert told["all_reduce"][1] > 4 * 64 * 64  # the block's gradient, at least
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_losses_are_those_of_the_steps(shown: Mapping[str, Any], notes: list[Any], folder: Path) -> None:
     per_row = LOG_EVERY * ACCUMULATION
     for row, loss in enumerate(shown["curve"]["train_loss"]):

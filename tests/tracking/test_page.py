@@ -135,7 +135,7 @@ def test_a_page_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["compare.html"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     paths = write_pictures(compare_runs(many()), tmp_path / "whole")
     names = {path.stem.rpartition("-")[2] for path in paths}
@@ -167,7 +167,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]
     return path, comparison
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_the_screen_and_asks_for_nothing(
@@ -189,7 +189,7 @@ def test_it_fits_the_screen_and_asks_for_nothing(
     assert (background == "rgb(255, 255, 255)") is (scheme == "light")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_charts_draw_the_figures(browser: Tab, written: tuple[Path, Comparison]) -> None:
     path, comparison = written
     browser.open(path, width=1400, scheme="light")
@@ -205,7 +205,7 @@ def test_the_charts_draw_the_figures(browser: Tab, written: tuple[Path, Comparis
     assert ["optimizer", 2.0] in parts and ["activations", 0.25] in parts
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("chart", "figure"),
     [
@@ -230,7 +230,7 @@ def test_every_mean_is_drawn(browser: Tab, written: tuple[Path, Comparison], cha
     assert browser.evaluate(drawn) == pytest.approx(means)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_traffic_waits_and_the_traced_step_are_drawn(browser: Tab, written: tuple[Path, Comparison]) -> None:
     path, comparison = written
     browser.open(path, width=1400, scheme="light")
@@ -249,7 +249,7 @@ def test_traffic_waits_and_the_traced_step_are_drawn(browser: Tab, written: tupl
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_page_of_failed_runs_alone_has_nothing_to_complain_of(browser: Tab, tmp_path: Path) -> None:
     write_page(compare_runs([failed("ddp"), failed("zero1")]), tmp_path / "compare.html")
     browser.open(tmp_path / "compare.html", width=1400, scheme="light")
@@ -257,7 +257,7 @@ def test_a_page_of_failed_runs_alone_has_nothing_to_complain_of(browser: Tab, tm
     assert browser.evaluate("document.querySelectorAll('#shown span svg').length") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_keyboard_reaches_everything(browser: Tab, written: tuple[Path, Comparison]) -> None:
     path, comparison = written
     browser.open(path, width=1400, scheme="light")

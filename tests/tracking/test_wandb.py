@@ -129,7 +129,7 @@ def check_fallback(folder: Path, done: Done, host: str, reason: str) -> None:
     assert not any(KEY.encode() in path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_host_that_refuses_costs_one_line_and_the_run_goes_on_offline(tmp_path: Path, train: Program) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -138,7 +138,7 @@ def test_a_host_that_refuses_costs_one_line_and_the_run_goes_on_offline(tmp_path
     check_fallback(tmp_path, done, host, "connection refused")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_host_that_never_answers_costs_one_line_and_the_run_goes_on_offline(tmp_path: Path, train: Program) -> None:
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
@@ -180,7 +180,7 @@ def test_with_a_key_and_a_server_the_run_is_online(tmp_path: Path, train: Progra
     assert "SECRET" not in uploads
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_server_lost_on_the_way_neither_fails_nor_holds_the_run_and_it_can_be_synced_later(
     tmp_path: Path, train: Program, server: dict[str, str]
 ) -> None:
@@ -202,7 +202,7 @@ def test_a_server_lost_on_the_way_neither_fails_nor_holds_the_run_and_it_can_be_
 
 
 @pytest.mark.parametrize(
-    ("accident", "bound_s"), [("service dies", 5.0), pytest.param("service hangs", 16.0, marks=pytest.mark.slow)]
+    ("accident", "bound_s"), [("service dies", 5.0), pytest.param("service hangs", 16.0, marks=pytest.mark.full)]
 )
 def test_the_loss_of_wandb_s_own_service_neither_fails_nor_holds_the_run(
     tmp_path: Path, train: Program, accident: str, bound_s: float

@@ -139,7 +139,7 @@ def test_a_key_that_the_server_refuses_is_one_line(tmp_path: Path) -> None:
         assert read(tmp_path, "wandb:a/b/c", **variables) == ([], unanswered(variables["WANDB_BASE_URL"]))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("listens", [False, True])
 def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, listens: bool) -> None:
     with socket.socket() as port:
