@@ -44,6 +44,8 @@ GPT2 = ["model.net.norm=layer", "model.net.mlp=gelu", "model.net.bias=true", "mo
 GPT2 += ["+model.net.max_sequence_length=16"]
 TIED = "model.net.tie_embeddings=true"
 
+pytestmark = pytest.mark.full
+
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
     """Bytes by address of what these tensors hold on this rank, each storage once."""

@@ -22,17 +22,19 @@ from strategies.grid import Grid
 from strategies.grid_layout import Layout
 from strategies.spec import Memory, Traffic, Workload
 from tests.agreement.training import job_of, run_job
+from tests.presets import PRESETS
 from tests.strategies.counting import EVEN, stats_of
+from tests.tiers import in_tiers
 from tracking.record import Results, RunRecord
 from tracking.sources import Event, read_trace
 from tracking.timeline import TracedStep, place_of
 from tracking.tracing import StepTracer
 
-pytestmark = pytest.mark.slow
-
-FOLDER = Path(__file__).resolve().parents[2] / "conf" / "strategy"
 # zero3_nvme needs a library that not every machine has.
-PRESETS = [path.stem for path in sorted(FOLDER.glob("[!_]*.yaml")) if path.stem != "zero3_nvme"]
+TRACED = [path.stem for path in PRESETS if path.stem != "zero3_nvme"]
+# One for each way in which an engine keeps what it holds: whole; flat, with a share of it stepped; each parameter cut,
+# by DeepSpeed and by FSDP2; and all axes at once.
+STAND_FOR_ENGINES = ("ddp", "zero2", "zero3", "fsdp", "3d")
 GLOBAL_BATCH, ACCUMULATION = 16, 2
 WORDS = [
     *EVEN,
@@ -104,7 +106,7 @@ def traced(words: Sequence[str], folder: Path) -> Traced:
     )
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+@pytest.fixture(scope="module", params=in_tiers(TRACED, STAND_FOR_ENGINES))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Traced:
     return traced([*WORDS, f"strategy={request.param}"], tmp_path_factory.mktemp("run"))
 

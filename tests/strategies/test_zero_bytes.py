@@ -23,6 +23,8 @@ from tests.agreement.training import run_job
 from tests.strategies.counting import DEEP_ODD, STEADY, stats_of
 from tracking.traffic import TrafficCounter
 
+pytestmark = pytest.mark.full
+
 
 def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
     """Bytes by address of what these tensors hold, each storage once."""
