@@ -116,9 +116,8 @@ MUTANTS = (
         name="OtherInitialWeight",
         does="seeds the first weights by rank",
         file="strategies/engines/materialize.py",
-        old="        torch.manual_seed(parameter_seed(seed, fqn))\n",
-        new="        of_rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0\n"
-        "        torch.manual_seed(parameter_seed(seed + of_rank, fqn))\n",
+        old="manual_seed(parameter_seed(seed, fqn))",
+        new="manual_seed(parameter_seed(seed + int(__import__('os').environ.get('RANK', 0)), fqn))",
         tests=FSDP,
     ),
     Mutant(
