@@ -173,10 +173,13 @@ PRECISION_CASES = [
     Case(strategy="ddp", tied=True, accumulation=2, precision="bf16_master"),
     Case(strategy="ddp", precision="bf16_pure"),
     Case(strategy="zero1", accumulation=2, precision="bf16"),
+    Case(strategy="zero1", accumulation=2, precision="bf16_master"),
+    Case(strategy="zero1", precision="bf16_pure"),
     Case(strategy="zero2", accumulation=2, precision="bf16_master"),
     Case(strategy="zero3", tied=True, accumulation=2, precision="bf16"),
     Case(strategy="zero3", optimizer="sgd", clip=False, precision="bf16_master"),
     Case(strategy="zero2", precision="bf16_pure"),
+    Case(strategy="zero3", precision="bf16_pure"),
     Case(strategy="zero3_offload", model="vit", precision="bf16_master"),
 ]
 

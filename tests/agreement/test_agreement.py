@@ -66,6 +66,11 @@ def test_cases_hold_every_pair_of_two_switches(cases: list[Case]) -> None:
         assert wanted <= {(getattr(case, one), getattr(case, other)) for case in cases}, (one, other)
 
 
+def test_cases_hold_every_format_of_every_engine() -> None:
+    wanted = itertools.product(("ddp", "zero1", "zero3"), ("fp32", "bf16", "bf16_master", "bf16_pure"))
+    assert set(wanted) <= {(case.strategy, case.precision) for case in CASES}
+
+
 EVERYDAY_PLANTED = [
     *((fault, EVERYDAY["ddp"]) for fault in (faults.AveragedTwice, faults.AccumulatedTwice, faults.NotAveraged)),
     *((fault, EVERYDAY["ddp"]) for fault in (faults.ClippedByLocalNorm, faults.SamplesRepeated)),

@@ -14,6 +14,7 @@ from tests.agreement.cases import Case
 from tests.harness import run_ranks
 from tracking.agreement import Check, Draw, another_draw_matters, compare, other_micro_batches
 from tracking.evidence import Evidence
+from tracking.record import RunRecord
 
 
 def job_of(overrides: list[str], folder: Path) -> Job:
@@ -44,6 +45,7 @@ def train_rank(job: Job, fault: type | None, stats: ModelStats | None) -> None:
 def checks_of(case: Case, folder: Path, references: Callable, fault: type | None = None) -> list[Check]:
     """What `verify` would say of a case, further draws of its references among it."""
     candidate = train_case(case.overrides, folder, fault)
+    check_formats(RunRecord.read(folder / "record.json"))
     master = "bfloat16" if case.precision == "bf16_pure" else "float32"
     sizes = [case.global_batch, *other_micro_batches(case.global_batch, case.global_batch)]
     draws: list[Draw] = []
@@ -52,6 +54,11 @@ def checks_of(case: Case, folder: Path, references: Callable, fault: type | None
         draws.append(references(case, sizes.pop(0)))
         checks = compare(draws, candidate, master=master)
     return checks
+
+
+def check_formats(record: RunRecord) -> None:
+    """The formats that were found in use, which the record holds, are those that were asked for."""
+    assert vars(record.precision) == record.config["precision"]
 
 
 # The limit is not tuned to the faults: each goes beyond it by at least this factor (repeated samples: by this many).
