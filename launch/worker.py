@@ -55,7 +55,7 @@ from launch.weights import StartingWeights
 from models.stats import ModelStats, measure
 from strategies.engines.finite import StepGuard
 from tracking import record
-from tracking.evidence import EvidenceRecorder, ShowsState
+from tracking.evidence_recorder import EvidenceRecorder, ShowsState
 from tracking.meter import Meter, measure_peak_flops
 from tracking.progress import Progress
 from tracking.record import RunRecord, environment
@@ -195,6 +195,7 @@ def train(
         job.run_dir,
         rank=rank,
         world_size=job.world_size,
+        startup_timeout_s=job.config.launcher.startup_timeout_s,
         timeout_s=job.config.launcher.timeout_s,
         terminal=stderr,
         leave_more=recorder and recorder.dump,

@@ -1,118 +1,15 @@
-"""What a run shows of its computation so that two runs can be compared: samples, losses, gradient norms, weights."""
+"""What a run shows of its computation so that two runs can be compared: samples, losses, gradient norms, weights.
+
+Imports no torch: who compares runs is told of a mistake at once.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
 
-import lightning.pytorch as pl
 import numpy as np
-import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
-
-
-class ShowsState(Protocol):
-    """What every engine must be able to show of the state it spreads, whatever it spread and how."""
-
-    dtypes: dict[str, str]
-    """Formats that were really in use, read from the tensors once all was set up: `parameter`, `reduce`, `master`."""
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """`num_replicas` and `rank`: how many ranks see different samples, and which of them this one is."""
-        ...
-
-    def gradient_norm(self) -> Tensor:
-        """L2 norm of the whole model's gradient before clipping (scalar); collective, the same on every rank."""
-        ...
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of the model that this rank can see, whole, on CPU, under its FQN; collective."""
-        ...
-
-
-@dataclass
-class StepEvidence:
-    """One optimizer step as one rank saw it."""
-
-    samples: list[str] = field(default_factory=list)  # digest of each sample, in the order of its micro-batches
-    losses: list[float] = field(default_factory=list)  # of each micro-batch, mean over its samples
-    gradient_norm: float = 0.0  # L2 over the whole model, before clipping
-
-
-def sample_digests(batch: Any) -> list[str]:
-    """A digest of each sample's content, over all tensors of the batch; says which samples were really used.
-
-    None of a batch that has shapes but no content: its rank looks at no sample.
-    """
-    leaves = [leaf.detach() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-    if any(leaf.is_meta for leaf in leaves):
-        return []
-    leaves = [leaf.cpu() for leaf in leaves]
-    # Rounded to float32: in a float64 run Lightning casts inputs, and the samples are still the same ones.
-    rows = [leaf.float() if leaf.is_floating_point() else leaf for leaf in leaves]
-    return [
-        blake2b(b"".join(leaf[index].numpy().tobytes() for leaf in rows), digest_size=8).hexdigest()
-        for index in range(len(rows[0]))
-    ]
-
-
-class EvidenceRecorder(pl.Callback):
-    """Writes evidence/<rank>.json and evidence/<rank>.npz into the run folder, on every rank."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.folder = run_dir / "evidence"
-        self.steps: list[StepEvidence] = [StepEvidence()]
-        self.first_step = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.first_step = trainer.global_step  # of a run that goes on from a checkpoint
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.steps[-1].samples += sample_digests(batch)
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        self.steps[-1].gradient_norm = float(cast(ShowsState, trainer.strategy).gradient_norm())
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        assert isinstance(loss, Tensor)
-        # Lightning hands out the loss divided by the accumulation.
-        self.steps[-1].losses.append(float(loss) * trainer.accumulate_grad_batches)
-        if trainer.global_step - self.first_step == len(self.steps):
-            self.steps.append(StepEvidence())
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        strategy = cast(ShowsState, trainer.strategy)
-        val_loss = trainer.callback_metrics.get("val/loss")
-        report = {
-            "rank": trainer.global_rank,
-            "data_rank": strategy.distributed_sampler_kwargs["rank"],
-            "steps": [vars(step) for step in self.steps if step.losses],
-            "val_loss": None if val_loss is None else float(val_loss),
-        }
-        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(report))
-        weights = {fqn: wide(weight) for fqn, weight in strategy.weights()}
-        np.savez(self.folder / f"{trainer.global_rank}.npz", **weights)  # type: ignore[arg-type]  # names are ours
-
-
-def wide(weight: Tensor) -> np.ndarray:
-    """A weight as numpy: bfloat16 and float16, which lose nothing by it, as float32."""
-    return (weight if weight.dtype == torch.float64 else weight.float()).numpy()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from tests.agreement.free_cases import FREE
 from tests.agreement.training import job_of
 from tests.harness import TIMEOUT_S, Ranks
 from tests.launch.command import wait_for
-from tracking.evidence import Evidence, sample_digests
+from tracking.evidence import Evidence
+from tracking.evidence_recorder import sample_digests
 from tracking.status import ended, running
 
 WORLD = 2

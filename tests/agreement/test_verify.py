@@ -41,6 +41,15 @@ def test_each_candidate_gets_its_verdict(tmp_path: Path) -> None:
     assert "float64" in alone.tolerance
 
 
+def test_verify_imports_nothing_heavy_before_it_has_read_its_words(tmp_path: Path) -> None:
+    program = "import sys, launch.verify; print([name for name in ('torch', 'lightning') if name in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=user_environment() | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.strip() == "[]"
+
+
 def test_mistake_gets_one_line(tmp_path: Path) -> None:
     for arguments, word in (
         (["strategy=ddpp"], "ddpp"),
