@@ -1,5 +1,6 @@
 """Training a case on forked ranks, and what `verify` would say of it."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,24 @@ def train_case(overrides: list[str], folder: Path, fault: type | None = None) ->
     return Evidence.load(folder)
 
 
+IMPORTED: set[type] = set()
+
+
+def import_once(kind: type, job: Job) -> None:
+    """The engine of a kind of strategy, for all jobs to come.
+
+    What there is by now ranks need not look through for garbage: DeepSpeed collects it several times at each start,
+    which was half of all that a small run under ZeRO-3 computed.
+    """
+    if kind not in IMPORTED:
+        import_engine(job)
+        gc.freeze()
+        IMPORTED.add(kind)
+
+
 def run_job(job: Job, function: Callable[..., Any], *args: Any) -> None:
     """Call `function(*args)` on each of a job's ranks, forked from here with all that they need imported."""
-    import_engine(job)
+    import_once(type(job.strategy), job)
     run_ranks(job.world_size, job.run_dir, function, *args)
 
 
@@ -54,6 +70,15 @@ def checks_of(case: Case, folder: Path, references: Callable, fault: type | None
         draws.append(references(case, sizes.pop(0)))
         checks = compare(draws, candidate, master=master)
     return checks
+
+
+def disagreements(
+    case: Case, folder: Path, references: Callable, *words: str, micro_batch_size: int | None = None
+) -> list[Check]:
+    """In what a case differs from one process, which takes micro-batches of `micro_batch_size` (None: all at once)."""
+    candidate = train_case([*case.overrides, *words], folder)
+    draw = references(case, micro_batch_size or case.global_batch)
+    return [check for check in compare([draw], candidate, master="float32") if not check.passed]
 
 
 def check_formats(record: RunRecord) -> None:
