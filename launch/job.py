@@ -119,8 +119,8 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
 
 
 def collective_timeout_s(config: RunConfig) -> float:
-    """How long a collective may wait for other ranks."""
-    return config.launcher.timeout_s + COLLECTIVE_MARGIN_S
+    """How long a collective may wait for other ranks while the run starts; the watchdog changes it then."""
+    return config.launcher.startup_timeout_s + COLLECTIVE_MARGIN_S
 
 
 def run_of(config: RunConfig, data: Data, accelerator: str, stats: ModelStats | None = None) -> Run:

@@ -71,6 +71,7 @@ class LauncherConfig(Section):
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: PositiveInt | Literal["auto"]
     threads_per_rank: PositiveInt | Literal["auto"]
+    startup_timeout_s: float = Field(1800, gt=0, le=7 * 24 * 3600)  # configs of older runs have none
     timeout_s: float = Field(gt=0, le=7 * 24 * 3600)
 
 

@@ -42,9 +42,9 @@ LIBRARIES = (*{sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "pu
 class Watchdog(pl.Callback):
     """Beats at every hook that shows progress, and watches its own beats from a thread.
 
-    When there was none for `timeout_s`, on this rank or on another, all ranks write their stacks to `ranks/<n>.log`,
-    where they stand to `ranks/<n>.hang.json`, and end. A rank whose interpreter is held cannot; C code then writes its
-    stacks alone.
+    When there was none for `startup_timeout_s`, or from this rank's third step on for `timeout_s`, on this rank or on
+    another, all ranks write their stacks to `ranks/<n>.log`, where they stand to `ranks/<n>.hang.json`, and end. A rank
+    whose interpreter is held cannot; C code then writes its stacks alone.
 
     terminal: where the one line goes that says which rank hangs, if there is no dispatcher to say it.
     leave_more: called when the run hangs, once its stacks are written.
@@ -56,12 +56,16 @@ class Watchdog(pl.Callback):
         *,
         rank: int,
         world_size: int,
+        startup_timeout_s: float,
         timeout_s: float,
         terminal: TextIO | None = None,
         leave_more: Callable[[], None] | None = None,
     ) -> None:
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
-        self.timeout_s, self.terminal, self.leave_more = timeout_s, terminal, leave_more
+        self.startup_timeout_s, self.timeout_s = startup_timeout_s, timeout_s
+        self.terminal, self.leave_more = terminal, leave_more
+        self.allowed_s = startup_timeout_s  # the one that holds now
+        self.batches = 0  # begun by this process
         self.beats = 0
         self.during = "set-up"
         self.stopped = threading.Event()
@@ -97,10 +101,12 @@ class Watchdog(pl.Callback):
                 # Of a time in which this thread did not run either (all ranks stopped for a while), little counts.
                 now = time.monotonic()
                 elapsed_s, before = min(now - before, 2 * POLL_S), now
+                # Read before the beats, because it changes after one: no silence is held against a later limit.
+                allowed_s = self.allowed_s
                 # By a thread in C that needs no interpreter, in case this one gets no turn again.
-                faulthandler.dump_traceback_later(self.timeout_s + 2 * POLL_S, file=log)
+                faulthandler.dump_traceback_later(allowed_s + 2 * POLL_S, file=log)
                 seen, silent_s = (self.beats, 0.0) if self.beats != seen else (seen, silent_s + elapsed_s)
-                if silent_s >= self.timeout_s or is_reported(self.run_dir):
+                if silent_s >= allowed_s or is_reported(self.run_dir):
                     self.end(log, silent_s)
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -158,18 +164,31 @@ class Watchdog(pl.Callback):
         self.during = f"step {trainer.global_step + 1}"
         self.beat()
 
+    def allow(self, seconds: float) -> None:
+        """From now on, end the run after so long a silence, and let collectives wait longer; call it after a beat."""
+        set_timeouts(seconds + COLLECTIVE_MARGIN_S)
+        self.allowed_s = seconds
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.beat()
+        self.allow(self.startup_timeout_s)  # of mesh axes, too, which torch gives a timeout of its own
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        set_timeouts(self.timeout_s + COLLECTIVE_MARGIN_S)  # of mesh axes and DeepSpeed's own groups, too
         self.beat()
+        self.allow(self.startup_timeout_s)  # of the groups that DeepSpeed has made since
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.in_step(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.in_step(trainer)
+        # Start-up is over when every rank has completed its first step, which may compile. That this rank has completed
+        # its own is not enough: it may wait in its second for one that still compiles. Its second is: all ranks have to
+        # bring their gradients (StepGuard.agree), so none completes it before all have completed the first.
+        # Counted in batches, because a module that optimizes manually may take several optimizer steps in one.
+        if self.batches == 2 * trainer.accumulate_grad_batches:
+            self.allow(self.timeout_s)
+        self.batches += 1
 
     def on_before_backward(self, *_: Any) -> None:
         self.beat()

@@ -192,7 +192,7 @@ class Run:
     precision: Precision
     seed: int
     accelerator: str
-    timeout_s: float  # for a collective
+    timeout_s: float  # for a collective, while the run starts
     micro_batch_size: int  # samples of a data rank per training step
     compile: bool = False  # whether the plan's blocks are compiled
     stats: ModelStats | None = None  # None before the model is made, and where it cannot be measured

@@ -1,4 +1,4 @@
-"""Models of which one rank stops for good, each at another place; and one that is merely slow."""
+"""Models of which one rank stops for good, each at another place; and some that are merely slow."""
 
 import os
 import time
@@ -37,3 +37,18 @@ class IsSlow(LanguageModel):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         time.sleep(float(os.environ["STEP_S"]))
         return super().training_step(batch, batch_idx)
+
+
+class StartsSlowly(LanguageModel):
+    """One rank takes its time to end its first step, for which the others wait in their second; then all are slow."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.global_step >= STEPS_BEFORE:
+            time.sleep(float(os.environ["STEP_S"]))
+        return super().training_step(batch, batch_idx)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        is_first = self.trainer.global_step == 0
+        super().optimizer_step(*args, **kwargs)
+        if is_first and self.global_rank == HANGING_RANK:
+            time.sleep(float(os.environ["FIRST_STEP_S"]))

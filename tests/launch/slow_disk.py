@@ -9,7 +9,7 @@ from models.language import LanguageModel
 from strategies.engines import checkpoint
 
 SAVED_STEP = 2
-WRITE_S = 10.0
+WRITE_S = 6.0
 
 bytes_of = checkpoint.bytes_of
 

@@ -47,6 +47,7 @@ MISTAKES = {
     "learning rate that is no number": (["optimizer.lr=abc"], ["optimizer.lr", "abc"]),
     "negative warm-up": (["scheduler.warmup_steps=-2"], ["scheduler.warmup_steps", "-2"]),
     "endless timeout": (["launcher.timeout_s=inf"], ["launcher.timeout_s", "inf"]),
+    "no time to start": (["launcher.startup_timeout_s=0"], ["launcher.startup_timeout_s", "0"]),
     "seed that does not fit": (["seed=99999999999"], ["seed", "99999999999"]),
     "group without a choice": (["model=null"], ["group"]),
     "pattern that names no file": (["data.files=/"], ["data.files=/", "books/*.txt"]),

@@ -84,7 +84,8 @@ SOUND = {"watched": ["debug=nan"], "bare": []}
 @pytest.mark.slow
 def test_a_hanging_run_leaves_its_collectives(tmp_path: Path) -> None:
     words = ["strategy=ddp", "debug=flight_recorder", "model._target_=tests.launch.hanging.HangsInTraining"]
-    run = train(tmp_path, *TINY, *words, "launcher.timeout_s=20", "run_dir=run", timeout_s=200)
+    limits = ["launcher.startup_timeout_s=60", "launcher.timeout_s=3"]  # seconds; busy cores may take one from a step
+    run = train(tmp_path, *TINY, *words, *limits, "run_dir=run", timeout_s=200)
     assert run.returncode == 1
     folder = tmp_path / "run/flight_recorder"
     assert f"what each rank has sent: {folder}" in run.stdout
