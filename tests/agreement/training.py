@@ -1,6 +1,5 @@
 """Training a case on forked ranks, and what `verify` would say of it."""
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,24 +32,9 @@ def train_case(overrides: list[str], folder: Path, fault: type | None = None) ->
     return Evidence.load(folder)
 
 
-IMPORTED: set[type] = set()
-
-
-def import_once(kind: type, job: Job) -> None:
-    """The engine of a kind of strategy, for all jobs to come.
-
-    What there is by now ranks need not look through for garbage: DeepSpeed collects it several times at each start,
-    which was half of all that a small run under ZeRO-3 computed.
-    """
-    if kind not in IMPORTED:
-        import_engine(job)
-        gc.freeze()
-        IMPORTED.add(kind)
-
-
 def run_job(job: Job, function: Callable[..., Any], *args: Any) -> None:
     """Call `function(*args)` on each of a job's ranks, forked from here with all that they need imported."""
-    import_once(type(job.strategy), job)
+    import_engine(job)
     run_ranks(job.world_size, job.run_dir, function, *args)
 
 
