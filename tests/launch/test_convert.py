@@ -194,6 +194,7 @@ def test_optimizer_state_left_out_would_be_noticed(run: Run, tmp_path: Path) -> 
     assert abs(losses[-1] - run.evidence.losses[-1]) > 1e-3
 
 
+@pytest.mark.full
 def test_statistics_go_along(tmp_path: Path) -> None:
     """Persistent buffers are weights to everybody."""
     run = run_of(own("HasStatistics", strategy="single", world_size=1), tmp_path / "run")
@@ -344,6 +345,7 @@ def universal(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_deepspeed_goes_on_from_its_universal_checkpoint(

@@ -14,10 +14,8 @@ from tests.launch.slow_disk import SAVED_STEP
 from tests.launch.warm import train
 from tracking.status import read_status
 
-pytestmark = pytest.mark.full
 
-
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_killed_rank_is_named_and_ends_the_run(rank: int, tmp_path: Path) -> None:
     process, processes = start_training(tmp_path)
     rank_process(process.pid, rank).kill()
@@ -30,6 +28,7 @@ def test_killed_rank_is_named_and_ends_the_run(rank: int, tmp_path: Path) -> Non
     assert (status.state, status.exit_code) == ("failed", 1)
 
 
+@pytest.mark.full
 def test_run_that_fails_while_it_saves_finishes_the_checkpoint(tmp_path: Path) -> None:
     model = "model._target_=tests.launch.slow_disk.RaisesWhileItSaves"
     run = train(tmp_path, *ENDLESS, model, f"checkpoint.every_steps={SAVED_STEP}")
@@ -77,6 +76,7 @@ def test_cause_on_one_rank_is_named(model: str, cause: str, tmp_path: Path) -> N
     assert len([line for line in run.stderr.splitlines() if "rank 1 of 2" in line]) == 1
 
 
+@pytest.mark.full
 def test_rank_logs_hold_each_ranks_output(tmp_path: Path) -> None:
     run = train(tmp_path, "strategy=ddp", *TINY, "trainer.log_every_steps=1", "run_dir=run")
     assert run.returncode == 0, run.stderr

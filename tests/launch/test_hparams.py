@@ -70,6 +70,7 @@ def test_a_search_that_is_over_runs_nothing_when_it_is_resumed(
     assert run.stdout.strip().splitlines()[-1] == first.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.full
 def test_another_search_in_the_folder_of_one_is_refused(
     search: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:

@@ -23,8 +23,6 @@ from tests.launch.warm import Command, start, train
 from tracking.record import RunRecord
 from tracking.status import read_status
 
-pytestmark = pytest.mark.full
-
 STEPS = 12
 RUN = ["strategy=ddp", *TINY, f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1", "run_dir=run"]
 # Validation after AFTER_STEPS, in several batches: what the one signal interrupts.
@@ -52,7 +50,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("model", "name", "code"),
-    [("EndsInAStep", "SIGTERM", 143), ("EndsInValidation", "SIGUSR1", 138)],
+    [
+        ("EndsInAStep", "SIGTERM", 143),
+        pytest.param("EndsInValidation", "SIGUSR1", 138, marks=pytest.mark.full),
+    ],
 )
 def test_signalled_run_saves_and_goes_on_as_if_nothing_had_been(
     model: str, name: str, code: int, undisturbed: Path, tmp_path: Path
@@ -90,6 +91,7 @@ def signal_during_a_save(folder: Path, number: int) -> tuple[Command, list[psuti
     return process, processes
 
 
+@pytest.mark.full
 def test_signal_during_a_save_ends_in_order(tmp_path: Path) -> None:
     process, processes = signal_during_a_save(tmp_path, signal.SIGTERM)
     assert process.wait(timeout=60) == 143
@@ -115,6 +117,7 @@ def test_what_is_killed_during_a_save_goes_on_from_the_checkpoint_before(tmp_pat
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.full
 def test_run_that_was_killed_behind_its_last_step_is_completed(undisturbed: Path, tmp_path: Path) -> None:
     """The last step is saved, but neither validated nor recorded."""
     run_dir = tmp_path / "run"
@@ -129,6 +132,7 @@ def test_run_that_was_killed_behind_its_last_step_is_completed(undisturbed: Path
     assert (ours.steps, ours.val_loss) == (theirs.steps, theirs.val_loss)
 
 
+@pytest.mark.full
 def test_signal_to_all_processes_of_a_run_ends_it_in_order(tmp_path: Path) -> None:
     process = start(tmp_path, *RUN, "trainer.max_steps=1000000", "trainer.val_every_steps=null", "data.num_workers=1")
     metrics = tmp_path / "run/metrics.csv"
@@ -145,6 +149,7 @@ def test_signal_to_all_processes_of_a_run_ends_it_in_order(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.full
 def test_ranks_of_another_launcher_answer_signals_themselves(num_workers: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = [*RUN, "trainer.max_steps=1000000", "trainer.val_every_steps=null", f"data.num_workers={num_workers}"]
@@ -176,6 +181,7 @@ def test_command_to_go_on_by_is_one_that_a_shell_and_hydra_take(tmp_path: Path) 
     assert compose(overrides)["run_dir"] == str(run_dir)
 
 
+@pytest.mark.full
 def test_run_that_cannot_be_saved_ends_all_the_same(tmp_path: Path) -> None:
     run = train(tmp_path, *RUN, "evidence=true", "model._target_=tests.launch.signalling.EndsInAStep")
     assert run.returncode == 143, run.stderr
@@ -183,6 +189,7 @@ def test_run_that_cannot_be_saved_ends_all_the_same(tmp_path: Path) -> None:
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.full
 def test_clock_of_the_first_rank_has_all_ranks_save(tmp_path: Path) -> None:
     words = ["checkpoint.every_minutes=0.005", "checkpoint.keep_last=1000", "trainer.max_steps=200"]
     run = train(tmp_path, *RUN, *words)

@@ -280,6 +280,7 @@ def test_run_that_is_complete_is_not_run_again(saved: Path) -> None:
     assert not (saved / "first/attempts").exists()
 
 
+@pytest.mark.full
 def test_data_may_move_but_not_change(tmp_path: Path) -> None:
     text = "\f".join(f"Chapter {number}. " + "All happy families are alike. " * 20 for number in range(20))
     books = tmp_path / "books"

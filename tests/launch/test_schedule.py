@@ -18,6 +18,7 @@ from tests.agreement.free_cases import same
 from tests.agreement.training import job_of, train_case
 from tests.launch.scheduling import KINDS as KINDS_OF
 from tests.launch.warm import train
+from tests.tiers import in_tiers
 
 SAVED = 2  # of four optimizer steps; every one is validated
 
@@ -45,12 +46,13 @@ def states(run_dir: Path) -> list[dict]:
 KEPT = ["sequential", "chained", "nested", "one cycle", "cyclic", "exponential", "several", "multiplied", "own"]
 
 
-@pytest.mark.parametrize("kind", [*KEPT, "plateau"])
+@pytest.mark.parametrize("kind", in_tiers([*KEPT, "plateau"], ["sequential", "plateau"]))
 def test_schedule_goes_on_as_if_nothing_had_been(kind: str, tmp_path: Path) -> None:
     whole, after = resumed(words_of(kind), tmp_path)
     assert states(after) == states(whole)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_plateau_goes_on_behind_a_validation_and_elsewhere(every: int, tmp_path: Path) -> None:
     words = [*words_of("plateau", accumulation=2, strategy="ddp", world_size=2), f"trainer.val_every_steps={every}"]
@@ -59,6 +61,7 @@ def test_plateau_goes_on_behind_a_validation_and_elsewhere(every: int, tmp_path:
     assert (states(whole)[0]["last_epoch"], states(whole)[0]["_last_lr"][0] < 0.003) == (3 // every, every == 1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
 def test_momenta_go_on_where_ranks_share_a_model(strategy: str, tmp_path: Path) -> None:
     resumed(words_of("one cycle", strategy=strategy, world_size=2), tmp_path)
@@ -71,7 +74,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("model", "kind", "told"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("model", "kind", "told"), in_tiers([*REFUSED.values()], [REFUSED["tensor"]]), ids=REFUSED)
 def test_what_could_not_be_had_again_is_told_at_the_start(
     model: str, kind: str | None, told: str, tmp_path: Path
 ) -> None:

@@ -62,7 +62,6 @@ def states(sweep_dir: Path) -> list[str | None]:
     return [status.state if status else None for status in found]
 
 
-@pytest.mark.full
 def test_failing_jobs_do_not_stop_a_sweep(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, run = sweep
     assert run.returncode == 1
@@ -75,7 +74,6 @@ def test_failing_jobs_do_not_stop_a_sweep(sweep: tuple[Path, subprocess.Complete
     assert single.group == ddp.group is not None
 
 
-@pytest.mark.full
 def test_resumed_sweep_runs_only_what_is_missing(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = sweep
     kept = (folder / "0/record.json").stat().st_mtime_ns
@@ -87,7 +85,6 @@ def test_resumed_sweep_runs_only_what_is_missing(sweep: tuple[Path, subprocess.C
     assert states(folder / "1" / "attempts")[1] == "failed"  # the first attempt is number 1
 
 
-@pytest.mark.full
 def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(

@@ -23,6 +23,7 @@ from tests.agreement.grid_cases import GridCase
 from tests.agreement.training import train_case
 from tests.launch.command import TINY
 from tests.launch.warm import train
+from tests.tiers import in_tiers
 from tracking.evidence import Evidence
 
 
@@ -110,7 +111,7 @@ def first_loss(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize(
     ("strategy", "place"),
-    [pytest.param(*pair, marks=[pytest.mark.full] if pair[0] == "3d" else []) for pair in PAIRS],
+    in_tiers(PAIRS, [pair for pair in PAIRS if pair[0] in ("single", "zero3", "fsdp")]),
     ids=lambda part: getattr(part, "__name__", part),
 )
 def test_every_rank_starts_from_these_very_weights(

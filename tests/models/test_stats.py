@@ -198,6 +198,7 @@ def test_any_lightning_module_can_be_measured(use_reentrant: bool) -> None:
     assert stats.parameters_by_unit == stats.forward_flops_by_unit == {}
 
 
+@pytest.mark.full
 def test_llama_70b_is_measured_without_allocating_it() -> None:
     shape = {"num_layers": 80, "hidden_size": 8192, "num_heads": 64, "num_kv_heads": 8, "mlp_size": 28672}
     before = peak_bytes()

@@ -149,7 +149,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @GRAD_ASKED
-@pytest.mark.parametrize("number", [2, 12])
+@pytest.mark.parametrize("number", [2, pytest.param(12, marks=pytest.mark.full)])
 def test_equal_blocks_are_compiled_once(number: int, compiled: list[str]) -> None:
     net = chain(Block, number, 8)
     compile_blocks(list(net))

@@ -18,6 +18,7 @@ from strategies.engines.ties import Tie, Ties
 from tests.agreement.cases import Case, own
 from tests.agreement.training import train_case
 from tests.harness import run_ranks
+from tests.tiers import in_tiers
 from tracking.agreement import Draw, compare
 
 REPLICATE = "strategy.shard_ranks=1"
@@ -38,7 +39,9 @@ AGREE = [
 ]
 
 
-@pytest.mark.parametrize(("strategy", "name", "words"), AGREE, ids=lambda part: part if str(part) else "")
+@pytest.mark.parametrize(
+    ("strategy", "name", "words"), in_tiers(AGREE, AGREE[1:4:2]), ids=lambda part: part if str(part) else ""
+)
 def test_trains_as_on_one_process(strategy: str, name: str, words: list[str], tmp_path: Path) -> None:
     case = part(name, strategy, optimizer="sgd" if name == "Chooses" else "adamw")
     candidate = train_case([*case.overrides, *words], tmp_path / "candidate")
@@ -64,7 +67,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("strategy", "name", "words", "said"), REFUSED, ids=lambda part: part if str(part) else "")
+@pytest.mark.parametrize(
+    ("strategy", "name", "words", "said"), in_tiers(REFUSED, REFUSED[1:2]), ids=lambda part: part if str(part) else ""
+)
 def test_what_cannot_be_right_is_refused_by_name(
     strategy: str, name: str, words: list[str], said: str, tmp_path: Path
 ) -> None:

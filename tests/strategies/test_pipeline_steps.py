@@ -14,6 +14,7 @@ from strategies.engines.link import Passed
 from strategies.engines.relay import NetCall
 from tests.agreement.cases import own
 from tests.agreement.training import train_case
+from tests.tiers import in_tiers
 from tracking.agreement import Draw, compare
 
 
@@ -48,23 +49,28 @@ def test_sums_extremes_and_metrics_of_hooks_are_those_of_one_process(tmp_path: P
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.full
 def test_evaluation_draws_for_each_batch_anew_and_once_for_both_ends(tmp_path: Path) -> None:
     for found in shown("NoisyIdentity", tmp_path, "pipeline", 2, "data.max_val_samples=32"):
         assert found["val/drawn_apart"] == 0
         assert found["val/drawn_0"] != found["val/drawn_1"]
 
 
+@pytest.mark.full
 def test_shapes_between_stages_may_change_from_step_to_step(tmp_path: Path) -> None:
     assert disagreements("Trims", tmp_path) == []
 
 
 # Of V-shaped schedules one rank has both ends; of looped ones each has stages whose neighbours lie elsewhere.
+@pytest.mark.full
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_steps_may_change_their_batch(schedule: str, tmp_path: Path) -> None:
     assert disagreements("ChangesBatch", tmp_path, f"strategy.schedule={schedule}") == []
 
 
-@pytest.mark.parametrize("name", ["ChangesInput", "PassesLoss", "PassesTable", "PassesComplex"])
+@pytest.mark.parametrize(
+    "name", in_tiers(["ChangesInput", "PassesLoss", "PassesTable", "PassesComplex"], ["PassesLoss"])
+)
 def test_trains_as_on_one_process(name: str, tmp_path: Path) -> None:
     assert disagreements(name, tmp_path) == []
 
@@ -75,7 +81,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", in_tiers([*REFUSED], ["PassesColumns"]))
 def test_what_cannot_be_right_is_refused_by_name(name: str, tmp_path: Path) -> None:
     case = own(f"step_models.{name}", strategy="pipeline")
     with pytest.raises(AssertionError, match=r"ValueError: strategy\.mesh\.pipe: ") as failure:

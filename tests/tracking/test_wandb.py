@@ -148,6 +148,7 @@ def test_a_host_that_never_answers_costs_one_line_and_the_run_goes_on_offline(tm
     check_fallback(tmp_path, done, host, "Timed out")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("variables", "reason"), [({"WANDB_API_KEY": "short"}, "API key must have 40+ characters"), ({}, "no API key")]
 )
@@ -159,6 +160,7 @@ def test_a_key_that_is_wrong_or_missing_costs_one_line(
     check_fallback(tmp_path, done, host, reason)
 
 
+@pytest.mark.full
 def test_a_key_that_the_server_refuses_costs_one_line(tmp_path: Path, train: Program) -> None:
     with serve(tmp_path / "uploads", status=401) as variables:
         done = train(tmp_path, **variables)

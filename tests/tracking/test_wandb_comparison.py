@@ -71,6 +71,7 @@ def test_page_and_certificates_become_artifacts_in_the_group_of_the_runs(
     check_artifacts(kept(server), (sweep / "compare.html").read_text(), sweep)
 
 
+@pytest.mark.full
 def test_offline_they_wait_in_the_folder_and_arrive_by_sync(
     tmp_path: Path, sweep: Path, server: dict[str, str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_offline_they_wait_in_the_folder_and_arrive_by_sync(
     check_artifacts(kept(server), page, sweep)
 
 
+@pytest.mark.full
 def test_of_runs_that_w_and_b_does_not_have_none_are_made(tmp_path: Path) -> None:
     write(tmp_path / "alone", "alone", mode="disabled")
     done = compare(tmp_path, "alone", "--wandb")
@@ -95,6 +97,7 @@ def test_of_runs_that_w_and_b_does_not_have_none_are_made(tmp_path: Path) -> Non
     assert not (tmp_path / "alone" / "wandb").exists()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("wandb_workspaces") is None, reason="the extra `report` is not installed")
 def test_a_report_has_our_words_our_table_and_charts_of_the_group(
     tmp_path: Path, sweep: Path, server: dict[str, str]

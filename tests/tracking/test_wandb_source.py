@@ -90,6 +90,7 @@ def test_of_a_run_folder_the_local_files_are_read(offline: Path) -> None:
     assert run == read_run(offline / "run")
 
 
+@pytest.mark.full
 def test_a_run_that_failed_has_its_state_and_its_history(tmp_path: Path, train: Program) -> None:
     train(tmp_path, accident="run fails early")
     with serve(tmp_path / "uploads") as variables:
@@ -128,12 +129,14 @@ def test_a_source_that_is_malformed_or_not_there_is_one_line(tmp_path: Path, sou
         assert read(tmp_path, source, **variables) == ([], f"{source} {line}\n")
 
 
+@pytest.mark.full
 def test_a_missing_key_is_one_line(tmp_path: Path) -> None:
     host = "http://127.0.0.1:9"
     line = f"wandb:a/b/c: no API key for {host}; `wandb login` stores one, or set WANDB_API_KEY.\n"
     assert read(tmp_path, "wandb:a/b/c", WANDB_BASE_URL=host) == ([], line)
 
 
+@pytest.mark.full
 def test_a_key_that_the_server_refuses_is_one_line(tmp_path: Path) -> None:
     with serve(tmp_path / "uploads", status=401) as variables:
         assert read(tmp_path, "wandb:a/b/c", **variables) == ([], unanswered(variables["WANDB_BASE_URL"]))
