@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from strategies.engines.deepspeed import check_module, leaf_blocks
 from strategies.engines.extensions import deepspeed_extension, is_current
 from strategies.engines.precision import LossScaler
 from tests.agreement.cases import Case, own
-from tests.agreement.training import train_case
-from tracking.agreement import Draw, compare
+from tests.agreement.training import disagreements, train_case
+from tests.strategies import own_models
+from tests.tiers import in_tiers
 from tracking.record import RunRecord
 
 
@@ -30,24 +34,21 @@ def report(trainer: pl.Trainer, name: str, content: object) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_master", "bf16_pure"])
-def test_record_holds_the_formats_in_use(strategy: str, precision: str, tmp_path: Path) -> None:
-    overrides = Case(strategy=strategy, precision=precision).overrides
-    train_case([*overrides, "trainer.max_steps=1", "data.max_val_samples=4"], tmp_path)
-    found = RunRecord.read(tmp_path / "record.json")
-    assert vars(found.precision) == found.config["precision"]
-
-
-def test_record_names_another_format_of_reduction(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of stage 2 whose gradients are reduced in another format."""
+    folder = tmp_path_factory.mktemp("accumulated")
     words = ["strategy.communication_dtype=bfloat16", "trainer.max_steps=1"]
-    train_case([*Case(strategy="zero2").overrides, *words], tmp_path)
-    assert RunRecord.read(tmp_path / "record.json").precision.reduce == "bfloat16"
+    train_case([*Case(strategy="zero2", accumulation=4).overrides, *words], folder)
+    return folder
 
 
-def test_run_folder_holds_the_configuration_that_was_used(tmp_path: Path) -> None:
-    train_case([*Case(strategy="zero2", accumulation=4).overrides, "trainer.max_steps=1"], tmp_path)
-    config = json.loads((tmp_path / "deepspeed.json").read_text())
+def test_record_names_another_format_of_reduction(accumulated: Path) -> None:
+    assert RunRecord.read(accumulated / "record.json").precision.reduce == "bfloat16"
+
+
+def test_run_folder_holds_the_configuration_that_was_used(accumulated: Path) -> None:
+    config = json.loads((accumulated / "deepspeed.json").read_text())
     assert config["gradient_accumulation_steps"] == 4
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_clipping"] == pytest.approx(0.3)
@@ -74,12 +75,6 @@ class WholeWhileMade(pl.Callback):
         report(trainer, "sizes", [parameter.ds_numel for parameter in pl_module.parameters()])  # type: ignore[attr-defined]
 
 
-def test_stage_3_never_holds_more_than_a_module_while_the_net_is_made(tmp_path: Path) -> None:
-    train_case([*Case(strategy="zero3").overrides, "trainer.max_steps=1"], tmp_path, WholeWhileMade)
-    for most, sizes in zip(reports(tmp_path, "made"), reports(tmp_path, "sizes"), strict=True):
-        assert most == max(sizes) < sum(sizes) / 3
-
-
 class SavedForBackward(pl.Callback):
     """Records the shapes of the bfloat16 tensors that forward keeps for backward."""
 
@@ -98,13 +93,38 @@ class SavedForBackward(pl.Callback):
         report(trainer, "saved", sorted(self.shapes))
 
 
+class Looks(WholeWhileMade, SavedForBackward):
+    pass
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run with bfloat16 products, by its strategy."""
+
+    @cache
+    def train(strategy: str) -> Path:
+        folder = tmp_path_factory.mktemp(strategy)
+        look = Looks if strategy == "zero3" else SavedForBackward
+        train_case([*Case(strategy=strategy, precision="bf16").overrides, "trainer.max_steps=1"], folder, look)
+        return folder
+
+    return train
+
+
+def test_stage_3_never_holds_more_than_a_module_while_the_net_is_made(looked_at: Callable[[str], Path]) -> None:
+    folder = looked_at("zero3")
+    assert len(reports(folder, "made")) == 2
+    for most, sizes in zip(reports(folder, "made"), reports(folder, "sizes"), strict=True):
+        assert most == max(sizes) < sum(sizes) / 3
+
+
 @pytest.mark.parametrize(("strategy", "keeps"), [("ddp", True), ("zero3", False)])
-def test_stage_3_keeps_no_cast_weights_for_backward(strategy: str, keeps: bool, tmp_path: Path) -> None:
-    overrides = Case(strategy=strategy, precision="bf16").overrides
-    train_case([*overrides, "trainer.max_steps=1"], tmp_path, SavedForBackward)
+def test_stage_3_keeps_no_cast_weights_for_backward(
+    strategy: str, keeps: bool, looked_at: Callable[[str], Path]
+) -> None:
     weight = [64, 32]  # mlp_size, hidden_size
-    for shapes in reports(tmp_path, "saved"):
-        assert (weight in shapes or weight[::-1] in shapes) is keeps
+    found = reports(looked_at(strategy), "saved")
+    assert [weight in shapes or weight[::-1] in shapes for shapes in found] == [keeps] * 2
 
 
 class NotANumber(pl.Callback):
@@ -119,7 +139,10 @@ class NotANumber(pl.Callback):
 
 @pytest.mark.parametrize(
     ("strategy", "precision"),
-    [("zero1", "fp32"), ("zero3", "fp32"), ("zero1", "bf16_master"), ("zero3", "bf16_master")],
+    in_tiers(
+        [("zero1", "fp32"), ("zero3", "fp32"), ("zero1", "bf16_master"), ("zero3", "bf16_master")],
+        [("zero3", "bf16_master")],
+    ),
 )
 def test_gradient_that_is_no_number_ends_the_run_on_every_rank(strategy: str, precision: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2 failed") as failure:
@@ -140,7 +163,7 @@ class TooLargeScale(pl.Callback):
         report(trainer, "scale", [strategy.scaler.value, strategy.deepspeed_engine.skipped_steps])
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", in_tiers(["zero2", "zero3"], ["zero2"]))
 def test_float16_lowers_its_scale_and_leaves_the_step_out(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +175,7 @@ def test_float16_lowers_its_scale_and_leaves_the_step_out(
         assert scale == 2.0 ** (40 - skipped)
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+@pytest.mark.parametrize("strategy", in_tiers(["zero1", "zero3"], []))
 def test_float16_agrees_with_float32_to_its_own_rounding(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,17 +201,37 @@ def test_loss_scale_moves_as_torchs_does() -> None:
         assert ours.after(overflow=overflow) == theirs.get_scale(), step
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("name", ["Blocks", "SharedByBlocks", "FrozenStem", "BlocksFirst"])
-def test_stage_3_agrees_on_whatever_blocks_there_are(name: str, checkpointing: str, tmp_path: Path) -> None:
-    case = own(name, strategy="zero3", accumulation=2, checkpointing=checkpointing)
-    candidate = train_case(case.overrides, tmp_path / "candidate")
-    exact = train_case(case.exact_overrides, tmp_path / "exact")
-    reference = train_case(case.reference_overrides, tmp_path / "reference")
-    assert [check for check in compare([Draw(exact, reference)], candidate, master="float32") if not check.passed] == []
-    leaves = json.loads((tmp_path / "candidate/deepspeed.json").read_text())["zero_optimization"]["leaf_module"]
-    safe = {"Blocks": ["net.1", "net.2"], "SharedByBlocks": [], "FrozenStem": ["net.2"], "BlocksFirst": ["net.1"]}
-    assert leaves["names"] == safe[name]
+def made(kind: type[own_models.Blocks]) -> own_models.Blocks:
+    """A model with its net on the meta device."""
+    model = kind(None, torch.optim.SGD, None)
+    model.configure_model()
+    return model
+
+
+SAFE = {
+    own_models.Blocks: ["net.1", "net.2"],
+    own_models.SharedByBlocks: [],
+    own_models.FrozenStem: ["net.2"],
+    own_models.BlocksFirst: ["net.1"],
+}
+
+
+@pytest.mark.parametrize("kind", SAFE)
+def test_only_blocks_that_can_be_reduced_at_once_are_gathered_at_once(kind: type[own_models.Blocks]) -> None:
+    assert leaf_blocks(made(kind)) == SAFE[kind]
+
+
+BLOCKS = [(kind, checkpointing) for checkpointing in ("none", "full") for kind in SAFE]
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), in_tiers(BLOCKS, [(own_models.SharedByBlocks, "full")]))
+def test_stage_3_agrees_on_whatever_blocks_there_are(
+    kind: type[own_models.Blocks], checkpointing: str, tmp_path: Path, references: Callable
+) -> None:
+    case = own(kind.__name__, strategy="zero3", accumulation=2, checkpointing=checkpointing)
+    assert disagreements(case, tmp_path, references) == []
+    leaves = json.loads((tmp_path / "deepspeed.json").read_text())["zero_optimization"]["leaf_module"]
+    assert leaves["names"] == SAFE[kind]
 
 
 class ForwardsOnStack(pl.Callback):
@@ -200,15 +243,17 @@ class ForwardsOnStack(pl.Callback):
         report(trainer, "stack", len(FWD_MODULE_STACK))
 
 
-@pytest.mark.parametrize("unit", ["block", "module"])
+@pytest.mark.parametrize("unit", in_tiers(["block", "module"], []))
 def test_forwards_that_run_again_leave_nothing_behind(unit: str, tmp_path: Path) -> None:
     case = Case(strategy="zero3", checkpointing="full", unit=unit)
     train_case(case.overrides, tmp_path, ForwardsOnStack)
     assert reports(tmp_path, "stack") == [1, 1]  # the root, which DeepSpeed puts there once
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
-@pytest.mark.parametrize("name", ["HasStatistics", "DropsOut"])
+RANDOM = [(name, strategy) for name in ("HasStatistics", "DropsOut") for strategy in ("zero1", "zero3")]
+
+
+@pytest.mark.parametrize(("name", "strategy"), in_tiers(RANDOM, [("HasStatistics", "zero3")]))
 def test_what_is_random_or_of_one_rank_is_as_under_ddp(name: str, strategy: str, tmp_path: Path) -> None:
     # SGD, since the bias before a normalisation has no gradient but rounding, which AdamW makes a step of.
     ours = train_case(own(name, strategy=strategy, optimizer="sgd").overrides, tmp_path / "zero")
@@ -218,21 +263,39 @@ def test_what_is_random_or_of_one_rank_is_as_under_ddp(name: str, strategy: str,
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("kind", "words"),
     [
-        ("ClipsByItself", "would ignore ClipsByItself.configure_gradient_clipping"),
-        ("HasScalar", "HasScalar's parameter temperature of shape ()"),
-        ("StepsTwiceBackward", "a second backward before the optimizer's step"),
+        (own_models.ClipsByItself, "would ignore ClipsByItself.configure_gradient_clipping"),
+        (own_models.HasScalar, "HasScalar's parameter temperature of shape ()"),
     ],
 )
-def test_what_deepspeed_would_get_wrong_is_refused(name: str, words: str, tmp_path: Path) -> None:
+def test_what_deepspeed_would_get_wrong_is_refused(kind: type[own_models.Blocks], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_module(made(kind), "zero2")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    in_tiers(
+        [
+            ("ClipsByItself", "would ignore ClipsByItself.configure_gradient_clipping"),
+            ("HasScalar", "HasScalar's parameter temperature of shape ()"),
+            ("StepsTwiceBackward", "a second backward before the optimizer's step"),
+        ],
+        [("StepsTwiceBackward", "a second backward before the optimizer's step")],
+    ),
+)
+def test_what_ranks_refuse_is_their_last_word(name: str, words: str, tmp_path: Path) -> None:
     case = own(name, strategy="zero2", clip=False)
     with pytest.raises(AssertionError) as failure:
         train_case(case.overrides, tmp_path)
     assert words in str(failure.value).splitlines()[-1]  # nothing that is raised while tearing down hides it
 
 
-@pytest.mark.parametrize(("name", "block"), [("FrozenStem", "net.1"), ("SharedByBlocks", "net.1")])
+PIECES = [("FrozenStem", "net.1"), ("SharedByBlocks", "net.1")]
+
+
+@pytest.mark.parametrize(("name", "block"), in_tiers(PIECES, []))
 def test_block_that_stage_3_gathers_in_pieces_is_not_compiled(name: str, block: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
         train_case(own(name, strategy="zero3", compile=True).overrides, tmp_path)
@@ -241,12 +304,9 @@ def test_block_that_stage_3_gathers_in_pieces_is_not_compiled(name: str, block: 
     assert "choose strategy=zero2" in line
 
 
-def test_nvme_agrees_with_one_process_and_cleans_up(tmp_path: Path) -> None:
+def test_nvme_agrees_with_one_process_and_cleans_up(tmp_path: Path, references: Callable) -> None:
     if not is_current(deepspeed_extension("async_io")):
         pytest.skip("async_io is not built here: python -m strategies.engines.extensions async_io")
     case = Case(strategy="zero3_nvme", accumulation=4, tied=True)
-    candidate = train_case(case.overrides, tmp_path / "nvme-run")
-    exact = train_case(case.exact_overrides, tmp_path / "exact")
-    reference = train_case(case.reference_overrides, tmp_path / "reference")
-    assert [check for check in compare([Draw(exact, reference)], candidate, master="float32") if not check.passed] == []
+    assert disagreements(case, tmp_path / "nvme-run", references) == []
     assert not (tmp_path / "nvme-run/nvme").exists()

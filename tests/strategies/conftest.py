@@ -1,0 +1,3 @@
+"""Models of the tests' own have the same references under every engine."""
+
+from tests.agreement.conftest import references as references
