@@ -21,6 +21,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
+        if self.weight.is_meta:  # there is nothing to draw yet, and torch takes milliseconds over it, in Python
+            return
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -34,7 +36,8 @@ class Embedding(nn.Embedding):
         super().__init__(num_embeddings, embedding_dim)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
