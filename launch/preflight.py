@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from launch.job import Job
+from launch.job import Job, run_of
 from launch.schema import ConfigError, RunConfig, validate
 from launch.zygote import zygote_for
 
@@ -50,7 +50,7 @@ def main(config_json: str) -> int:
 
 
 def check(job: Job) -> None:
-    """ValueError if the model's plan does not fit."""
+    """ValueError if the model, or its plan, does not fit."""
     config, strategy = job.config, job.strategy
     from launch.worker import build_model
     from strategies.engines.extensions import check_compiler
@@ -73,3 +73,4 @@ def check(job: Job) -> None:
     plan.require(strategy.needs, type(model).__name__)
     net = model.get_submodule(plan.net)
     strategy.check_plan(plan, plan.expand(name for name, _ in net.named_modules()))
+    strategy.check_module(model, run_of(config, job.data, config.launcher.accelerator))

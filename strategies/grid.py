@@ -13,6 +13,7 @@ from strategies.schedules import SCHEDULES, Name, Schedule, bubble
 from strategies.spec import REHEARSAL_RANKS, STRICT, Memory, Run, Strategy, Traffic, Workload
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
     from lightning.pytorch.strategies import Strategy as Engine
 
     from models.stats import ModelStats
@@ -168,6 +169,11 @@ class Grid(Strategy):
                     f"strategy.mesh.tensor={self.tensor} does not divide {key}={size}; choose {', '.join(fits[:-1])} "
                     f"or {fits[-1]}, or another {key}."
                 )
+
+    def check_module(self, module: LightningModule, run: Run) -> None:
+        from strategies.engines.grid import check_module
+
+        check_module(module, self)
 
     # --- costs ------------------------------------------------------------------------------------------------------
 

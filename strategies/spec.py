@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from models.plan import Chain, ParallelPlan
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
     from lightning.pytorch.strategies import Strategy as Engine
 
     from models.stats import ModelStats
@@ -242,6 +243,12 @@ class Strategy(ABC):
 
     def check_plan(self, plan: ParallelPlan, chain: Chain) -> None:  # noqa: B027  # most strategies take any plan
         """Raise ValueError if a model whose plan has what `needs` asks for cannot be spread so all the same."""
+
+    def check_module(self, module: LightningModule, run: Run) -> None:  # noqa: B027  # most strategies take any module
+        """Raise ValueError if what `module` does, or its net, cannot go with this strategy; imports torch.
+
+        The net may lie on the meta device.
+        """
 
     @abstractmethod
     def memory(self, stats: ModelStats, workload: Workload) -> Memory:

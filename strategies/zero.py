@@ -26,6 +26,7 @@ from strategies.spec import (
 )
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
     from lightning.pytorch.strategies import Strategy as Engine
 
     from models.stats import ModelStats
@@ -202,6 +203,13 @@ class Zero(Strategy):
                 f"compile=true: strategy.{layerwise} gathers weights layer by layer, which breaks a compiled block in "
                 f"pieces; set strategy.{blockwise}, or compile=false."
             )
+
+    def check_module(self, module: LightningModule, run: Run) -> None:
+        from strategies.engines.deepspeed import check_compiled, check_module
+
+        check_module(module, self.name)
+        if run.compile and self.stage == 3:
+            check_compiled(module, self.name)
 
     def tune(self, sizes: Sequence[int], precision: Precision, *, on_gpu: bool) -> Tuning:
         """DeepSpeed's sizes for a model whose parameters have `sizes` elements.

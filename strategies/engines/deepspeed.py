@@ -89,9 +89,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         module = self.module
-        check_module(module, self.spec.name)
-        if self.run.compile and self.spec.stage == 3:
-            check_compiled(module, self.spec.name)
+        self.spec.check_module(module, self.run)  # again: a module's own setup() may have changed it
         self.precision_plugin.convert_module(module)  # in place
         self.nvme = self.nvme_folder(trainer)
         self.config = self.spec.deepspeed_config(

@@ -113,7 +113,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         module = self.module
-        self.check_module(module)
+        self.spec.check_module(module, self.run)  # again: a module's own setup() may have changed it
+        explain_empty(module, self.spec.name)
         self.precision_plugin.convert_module(module)  # in place
         self.spread(module, self.root_device)
         for metric in module.modules():
@@ -133,34 +134,6 @@ class GridEngine(ChecksSteps, AveragesExactly):
                 f"{self.spec.bubble():.0%} of their time is bubble; more micro-batches make it less."
             )
         self.barrier()
-
-    def check_module(self, module: pl.LightningModule) -> None:
-        """ValueError for what this engine would leave out without a word."""
-        kind, spec = type(module).__name__, self.spec
-        if not module.automatic_optimization:
-            raise ValueError(
-                f"strategy={spec.name} steps shards by itself, and {kind} optimizes manually; set "
-                f"automatic_optimization=True, or choose strategy=ddp."
-            )
-        if spec.pipe > 1 and is_overridden("backward", module, pl.LightningModule):
-            raise ValueError(
-                f"strategy={spec.name} runs backward stage by stage and would ignore {kind}.backward; leave it out, or "
-                f"choose strategy=fsdp."
-            )
-        if spec.pipe > 1 and is_overridden("optimizer_zero_grad", module, pl.LightningModule):
-            # Lightning calls it between the training step, which here runs backward too, and the optimizer.
-            raise ValueError(
-                f"strategy={spec.name} lets go of gradients by itself, and {kind}.optimizer_zero_grad would clear "
-                f"those of the step under way; leave it out, or choose strategy=fsdp."
-            )
-        ranks_differ = spec.pipe > 1 or spec.tensor > 1 or spec.shards > 1
-        if ranks_differ and is_overridden("configure_gradient_clipping", module, pl.LightningModule):
-            raise ValueError(
-                f"strategy={spec.name} clips by the norm over all ranks, and {kind}.configure_gradient_clipping by "
-                f"that of what one rank holds; leave it out (trainer.clip_norm clips by the global norm), or choose "
-                f"strategy=ddp."
-            )
-        explain_empty(module, spec.name)
 
     def spread(self, module: pl.LightningModule, device: torch.device) -> None:
         """Keep of the net what this rank owns, give it its first values, and split and shard it, a unit at a time."""
@@ -433,6 +406,37 @@ def box_of(part: Tensor) -> Box | None:
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether FSDP has it, and averages its gradient."""
     return isinstance(parameter, DTensor) and "shard" in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def check_module(module: pl.LightningModule, spec: Grid) -> None:
+    """ValueError for what the engine would leave out without a word, or cannot split."""
+    kind = type(module).__name__
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"strategy={spec.name} steps shards by itself, and {kind} optimizes manually; set "
+            f"automatic_optimization=True, or choose strategy=ddp."
+        )
+    if spec.pipe > 1 and is_overridden("backward", module, pl.LightningModule):
+        raise ValueError(
+            f"strategy={spec.name} runs backward stage by stage and would ignore {kind}.backward; leave it out, or "
+            f"choose strategy=fsdp."
+        )
+    if spec.pipe > 1 and is_overridden("optimizer_zero_grad", module, pl.LightningModule):
+        # Lightning calls it between the training step, which here runs backward too, and the optimizer.
+        raise ValueError(
+            f"strategy={spec.name} lets go of gradients by itself, and {kind}.optimizer_zero_grad would clear "
+            f"those of the step under way; leave it out, or choose strategy=fsdp."
+        )
+    ranks_differ = spec.pipe > 1 or spec.tensor > 1 or spec.shards > 1
+    if ranks_differ and is_overridden("configure_gradient_clipping", module, pl.LightningModule):
+        raise ValueError(
+            f"strategy={spec.name} clips by the norm over all ranks, and {kind}.configure_gradient_clipping by "
+            f"that of what one rank holds; leave it out (trainer.clip_norm clips by the global norm), or choose "
+            f"strategy=ddp."
+        )
+    if spec.tensor > 1:
+        plan = cast(ParallelPlan, module.plan)
+        tensor.check_split(module.get_submodule(plan.net), plan, spec.tensor)
 
 
 def check_outside(module: pl.LightningModule, in_net: str, stage_of: Mapping[str, int], strategy: str) -> None:

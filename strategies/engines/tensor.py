@@ -97,7 +97,7 @@ def split_unit(
     """Split the modules of one unit, called `fqn` in its net, over the ranks of the tensor axis.
 
     Every rank holds the unit whole beforehand; nothing is communicated. `sequence`: whether the unit lies where
-    activations are split along the sequence. ValueError naming a module whose size the axis does not divide.
+    activations are split along the sequence.
     """
     for name, module in list(unit.named_modules(prefix=fqn)):
         style = plan.style(name)
@@ -106,9 +106,6 @@ def split_unit(
                 module.register_forward_pre_hook(lambda _, inputs: tree_map(whole, inputs))
             continue
         trained = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
-        if style == "embedding":
-            check_embedding(module, name)
-        check_divides(module, name, style, mesh.size())
         chosen = parallel_style(style, sequence=sequence, loss_parallel=loss_parallel)
         parallelize_module(module, mesh, chosen, src_data_rank=None)
         for key, parameter in module.named_parameters():
@@ -118,8 +115,19 @@ def split_unit(
 SPLIT_DIM = {"colwise": 0, "rowwise": 1, "embedding": 0, "vocabulary": 0}  # of the weight
 
 
+def check_split(net: nn.Module, plan: ParallelPlan, ranks: int) -> None:
+    """ValueError naming a module that cannot be split over `ranks` as the plan says."""
+    for unit in plan.expand(name for name, _ in net.named_modules()).modules:
+        for name, module in net.get_submodule(unit).named_modules(prefix=unit):
+            style = plan.style(name)
+            if style == "embedding":
+                check_embedding(module, name)
+            if style in SPLIT_DIM:
+                check_divides(module, name, style, ranks)
+
+
 def check_divides(module: nn.Module, name: str, style: str, ranks: int) -> None:
-    if style in SPLIT_DIM and (size := module.get_parameter("weight").shape[SPLIT_DIM[style]]) % ranks:
+    if (size := module.get_parameter("weight").shape[SPLIT_DIM[style]]) % ranks:
         raise ValueError(
             f"strategy.mesh.tensor={ranks} does not divide the {size} {'rows' if style != 'rowwise' else 'columns'} of "
             f"{name}.weight, which plan.tensor calls {style}; choose a divisor of {size}."

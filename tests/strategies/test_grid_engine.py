@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +13,59 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch import preflight
 from launch.compose import compose
 from launch.job import Job, resolve, run_of
 from launch.schema import validate
-from launch.worker import build_model
+from launch.worker import build_model, on_meta, stats_of
 from strategies.engines.grid import GridEngine
 from strategies.engines.shards import local
 from strategies.grid import Grid
-from tests.agreement.cases import Case, own
-from tests.agreement.training import train_case
+from tests.agreement.cases import own
+from tests.agreement.training import disagreements, job_of, train_case
 from tests.harness import run_ranks
-from tracking.agreement import Draw, compare
+from tests.tiers import in_tiers
 
-Checked = set[str]
-ALL: Checked = {"samples", "loss", "gradient norm", "weights", "validation loss"}
-
-
-def disagreements(case: Case, folder: Path, *words: str, micro_batch_size: int | None = None) -> list[str]:
-    """What differs from one process, which takes micro-batches of `micro_batch_size`."""
-    micro = [] if micro_batch_size is None else [f"data.micro_batch_size={micro_batch_size}"]
-    candidate = train_case([*case.overrides, *words], folder / "candidate")
-    exact = train_case([*case.exact_overrides, *micro], folder / "exact")
-    reference = train_case([*case.reference_overrides, *micro], folder / "reference")
-    return [
-        check.quantity for check in compare([Draw(exact, reference)], candidate, master="float32") if not check.passed
-    ]
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
-@pytest.mark.parametrize("name", ["Blocks", "SharedByBlocks", "FrozenStem", "BlocksFirst"])
-def test_agrees_on_whatever_blocks_there_are(name: str, strategy: str, tmp_path: Path) -> None:
-    assert disagreements(own(name, strategy=strategy, accumulation=2), tmp_path) == []
+BLOCKS = [
+    (name, strategy)
+    for strategy in ("fsdp", "pipeline")
+    for name in ("Blocks", "SharedByBlocks", "FrozenStem", "BlocksFirst")
+]
 
 
 @pytest.mark.parametrize(
-    ("strategy", "world_size", "schedule"), [("pipeline", 2, "zbv"), ("pipeline", 4, "1f1b"), ("3d", 8, "1f1b")]
+    ("name", "strategy"), in_tiers(BLOCKS, [("FrozenStem", "fsdp"), ("SharedByBlocks", "pipeline")])
 )
-def test_plain_chain_trains_as_on_one_process(strategy: str, world_size: int, schedule: str, tmp_path: Path) -> None:
+def test_agrees_on_whatever_blocks_there_are(name: str, strategy: str, tmp_path: Path, references: Callable) -> None:
+    assert disagreements(own(name, strategy=strategy, accumulation=2), tmp_path, references) == []
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "schedule"),
+    in_tiers([("pipeline", 2, "zbv"), ("pipeline", 4, "1f1b"), ("3d", 8, "1f1b")], [("pipeline", 2, "zbv")]),
+)
+def test_plain_chain_trains_as_on_one_process(
+    strategy: str, world_size: int, schedule: str, tmp_path: Path, references: Callable
+) -> None:
     case = own("MLP", strategy=strategy, world_size=world_size)
-    assert disagreements(case, tmp_path, f"strategy.schedule={schedule}") == []
+    assert disagreements(case, tmp_path, references, f"strategy.schedule={schedule}") == []
 
 
-def test_pipeline_normalizes_batches_as_one_process_that_takes_its_micro_batches(tmp_path: Path) -> None:
+def test_pipeline_normalizes_batches_as_one_process_that_takes_its_micro_batches(
+    tmp_path: Path, references: Callable
+) -> None:
     case = own("ResNet", strategy="pipeline", optimizer="sgd")
-    assert disagreements(case, tmp_path, micro_batch_size=4) == []
+    assert disagreements(case, tmp_path, references, micro_batch_size=4) == []
 
 
-def test_3d_normalizes_batches_as_one_process_that_takes_its_micro_batches(tmp_path: Path) -> None:
+@pytest.mark.full
+def test_3d_normalizes_batches_as_one_process_that_takes_its_micro_batches(
+    tmp_path: Path, references: Callable
+) -> None:
     case = own("ResNet", strategy="3d", optimizer="sgd", world_size=8)
-    wrong = disagreements(case, tmp_path, "strategy.micro_batches=2", micro_batch_size=4)
+    wrong = disagreements(case, tmp_path, references, "strategy.micro_batches=2", micro_batch_size=4)
     # Running statistics are those of the first data rank's samples, as under DDP; validation alone uses them.
-    assert set(wrong) <= {"validation loss"}
+    assert {check.quantity for check in wrong} <= {"validation loss"}
 
 
 def test_ranks_validate_with_the_same_statistics(tmp_path: Path) -> None:
@@ -73,30 +76,64 @@ def test_ranks_validate_with_the_same_statistics(tmp_path: Path) -> None:
     assert ours.val_losses == pytest.approx(theirs.val_losses, rel=1e-6)
 
 
-def test_tuple_passes_between_stages(tmp_path: Path) -> None:
-    assert disagreements(own("PassesTuple", strategy="pipeline", world_size=4), tmp_path) == []
+@pytest.mark.full
+def test_tuple_passes_between_stages(tmp_path: Path, references: Callable) -> None:
+    assert disagreements(own("PassesTuple", strategy="pipeline", world_size=4), tmp_path, references) == []
 
 
-REFUSED = [
-    ("pipeline", "CallsTwice", [], "not its net's forward: a step calls the net 2 times"),
-    ("pipeline", "PassesDict", [], "module 2 gives dict, but only a tensor or a tuple of tensors"),
-    ("pipeline", "NoLoss", [], "NoLoss.training_step returns NoneType instead of a loss"),
-    ("pipeline", "HasScalar", [], "parameter temperature lies outside of the chain"),
-    ("pipeline", "LeavesOut", [], "not its net's forward: 3 is not called with just what 1 gives"),
-    ("pipeline", "DoesMore", [], "not its net's forward: third is not called with just what second gives"),
-    ("pipeline", "RunsABlockAgain", [], "not its net's forward: where the plan has 5, the net's forward calls 1"),
-    ("fsdp", "StepsTwiceBackward", ["trainer.clip_norm=null"], "StepsTwiceBackward optimizes manually"),
-    ("fsdp", "StepsMatrices", [], "not known to be right for Muon"),
-    ("tensor", "MLP", ["strategy.mesh.tensor=3", "launcher.devices=3"], "does not divide the 32 rows of 1.up.weight"),
+@pytest.mark.parametrize(
+    ("strategy", "name", "words", "said"),
+    [
+        ("fsdp", "StepsTwiceBackward", ["trainer.clip_norm=null"], "StepsTwiceBackward optimizes manually"),
+        (
+            "tensor",
+            "MLP",
+            ["strategy.mesh.tensor=3", "launcher.devices=3"],
+            "does not divide the 32 rows of 1.up.weight",
+        ),
+    ],
+    ids=lambda part: part if str(part) else "",
+)
+def test_what_shows_without_ranks_is_refused_before_they_start(
+    strategy: str, name: str, words: list[str], said: str, tmp_path: Path
+) -> None:
+    job = job_of([*own(name, strategy=strategy).overrides, *words], tmp_path)
+    with pytest.raises(ValueError, match=said):
+        preflight.check(job)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("CallsTwice", "a step calls the net 2 times"),
+        ("LeavesOut", "3 is not called with just what 1 gives"),
+        ("DoesMore", "third is not called with just what second gives"),
+        ("RunsABlockAgain", "where the plan has 5, the net's forward calls 1"),
+    ],
+)
+def test_plan_that_is_not_its_nets_forward_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    job = job_of(own(name, strategy="pipeline").overrides, tmp_path)
+    module: Any = on_meta(build_model(job.config))
+    assert isinstance(job.strategy, Grid)
+    engine = GridEngine(job.strategy, run_of(job.config, job.data, "cpu", stats_of(module, job)))
+    chain = module.plan.expand(fqn for fqn, _ in module.net.named_modules())
+    with pytest.raises(ValueError, match=f"not its net's forward: {said}"):
+        engine.check_chain(module.net, chain)
+
+
+ON_RANKS = [
+    ("pipeline", "CallsTwice", "not its net's forward: a step calls the net 2 times"),
+    ("pipeline", "PassesDict", "module 2 gives dict, but only a tensor or a tuple of tensors"),
+    ("pipeline", "NoLoss", "NoLoss.training_step returns NoneType instead of a loss"),
+    ("pipeline", "HasScalar", "parameter temperature lies outside of the chain"),
+    ("fsdp", "StepsMatrices", "not known to be right for Muon"),
 ]
 
 
-@pytest.mark.parametrize(("strategy", "name", "words", "said"), REFUSED, ids=lambda part: part if str(part) else "")
-def test_what_cannot_be_right_is_refused_by_name(
-    strategy: str, name: str, words: list[str], said: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("strategy", "name", "said"), in_tiers(ON_RANKS, [ON_RANKS[0], ON_RANKS[-1]]))
+def test_what_cannot_be_right_is_refused_by_name(strategy: str, name: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="ValueError") as failure:
-        train_case([*own(name, strategy=strategy).overrides, *words], tmp_path)
+        train_case(own(name, strategy=strategy).overrides, tmp_path)
     assert said in " ".join(str(failure.value).split())
 
 
@@ -118,21 +155,31 @@ class WhatIsLogged(pl.Callback):
         path.write_text(json.dumps([*self.steps, self.metrics(trainer)]))
 
 
-@pytest.mark.parametrize(("strategy", "world_size"), [("pipeline", 2), ("2d_pipeline", 4), ("tensor", 2), ("fsdp", 2)])
-def test_every_rank_logs_what_one_process_logs(strategy: str, world_size: int, tmp_path: Path) -> None:
-    def logged(strategy: str, world_size: int) -> list[list[dict[str, float]]]:
-        case = own("Logs", strategy=strategy, world_size=world_size)
-        folder = tmp_path / strategy
-        train_case(case.overrides, folder, WhatIsLogged)
-        return [json.loads((folder / f"logged.{rank}.json").read_text()) for rank in range(world_size)]
+def logged(strategy: str, world_size: int, folder: Path) -> list[list[dict[str, float]]]:
+    """What each rank logs."""
+    train_case(own("Logs", strategy=strategy, world_size=world_size).overrides, folder, WhatIsLogged)
+    return [json.loads((folder / f"logged.{rank}.json").read_text()) for rank in range(world_size)]
 
-    (expected,) = logged("single", 1)
-    assert expected[-1].keys() == {"train/size", "train/odd", "train/accuracy", "val/accuracy", "val/loss"}
-    for found in logged(strategy, world_size):
+
+@pytest.fixture(scope="module")
+def logged_by_one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    (found,) = logged("single", 1, tmp_path_factory.mktemp("single"))
+    assert found[-1].keys() == {"train/size", "train/odd", "train/accuracy", "val/accuracy", "val/loss"}
+    return found
+
+
+LOGGING = [("pipeline", 2), ("2d_pipeline", 4), ("tensor", 2), ("fsdp", 2)]
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), in_tiers(LOGGING, [("pipeline", 2)]))
+def test_every_rank_logs_what_one_process_logs(
+    strategy: str, world_size: int, tmp_path: Path, logged_by_one: list[dict[str, float]]
+) -> None:
+    for found in logged(strategy, world_size, tmp_path):
         # Within a data-parallel step the metrics are those of a rank's samples; over the epoch they are everybody's.
-        assert found[-1] == pytest.approx(expected[-1], rel=1e-4)
+        assert found[-1] == pytest.approx(logged_by_one[-1], rel=1e-4)
         if world_size == 2 and strategy != "fsdp":
-            assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+            assert found == [pytest.approx(step, rel=1e-4) for step in logged_by_one]
 
 
 class DrawnApart(WhatIsLogged):
@@ -157,6 +204,7 @@ class SeenBatches(pl.Callback):
         path.write_text(json.dumps([str(tensor.device) for tensor in batch]))
 
 
+@pytest.mark.full
 def test_only_ranks_of_first_and_last_stage_read_samples(tmp_path: Path) -> None:
     train_case(own("MLP", strategy="pipeline", world_size=4).overrides, tmp_path, SeenBatches)
     seen = [set(json.loads((tmp_path / f"seen.{rank}.json").read_text())) for rank in range(4)]
@@ -192,7 +240,7 @@ def spread_rank(rank: int, job: Job, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps({"held": held, "peak": peak}))
 
 
-@pytest.mark.parametrize("strategy", ["3d", "fsdp"])
+@pytest.mark.parametrize("strategy", in_tiers(["3d", "fsdp"], ["fsdp"]))
 def test_llama_8b_is_cut_for_8_ranks_without_the_memory_of_its_weights(strategy: str, tmp_path: Path) -> None:
     words = [
         "model=llama_8b",
