@@ -15,10 +15,11 @@ import pytest
 from launch.job import Job
 from launch.worker import train
 from strategies.grid import Grid
-from strategies.spec import Workload
 from tests.agreement.training import job_of, run_job
-from tests.strategies.counting import DEEP_ODD, stats_of
+from tests.strategies.census import Counted, check_memory, check_traffic, counted
+from tests.strategies.counting import DEEP_ODD
 from tests.strategies.sleeping import Clock, Setting, SleepingBlocks
+from tests.tiers import in_tiers
 from tests.tracking.slow import Slow, fit
 from tracking.comparison import compare_runs
 from tracking.gantt import idle_share
@@ -40,53 +41,51 @@ def train_rank(job: Job) -> None:
 
 # --- what is held and sent ---
 
-STRATEGIES = ["ddp", "zero1", "zero3", "fsdp"]
+STRATEGIES = ["ddp", "fsdp"]  # all others, with more micro-batches, are traced in tests/strategies/test_traced.py
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=in_tiers(STRATEGIES, ["ddp"]))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Counted:
     words = [*DEEP_ODD, "data.micro_batch_size=12", f"strategy={request.param}", "launcher.devices=2"]
-    job, results, trace = traced_run(words, tmp_path_factory.mktemp("run"))
-    return job, results, trace, stats_of(job), Workload(precision=job.config.precision, micro_batch_size=12)
+    return counted(words, tmp_path_factory.mktemp("run"))
 
 
-def test_each_category_of_memory_is_what_the_spec_says(run: Any) -> None:
-    job, results, _, stats, workload = run
-    expected = job.strategy.memory(stats, workload)
-    assert len(results.memory) == 2
-    for category in ("parameters", "gradients", "optimizer", "buffers"):
-        most = max(getattr(memory, category) for memory in results.memory)
-        assert most == pytest.approx(getattr(expected, category), rel=0.02), category
+@pytest.fixture(scope="module")
+def trace(run: Counted) -> list[Event]:
+    return read_trace(run.job.run_dir / "trace.json")
 
 
-def test_categories_add_up_to_the_peak(run: Any) -> None:
-    _, results, *_ = run
+def test_each_category_of_memory_is_what_the_spec_says(run: Counted) -> None:
+    assert run.job.accumulation == 1
+    check_memory(run)
+
+
+def test_categories_add_up_to_the_peak(run: Counted) -> None:
+    results = run.results
     for memory, peak_gib in zip(results.memory, results.peak_gib, strict=True):
         assert sum(dict(memory).values()) == pytest.approx(peak_gib * 2**30, rel=0.01)
         assert memory.activations > 0
     assert results.memory_limit is not None and results.memory_limit > sum(results.peak_gib) * 2**30
 
 
-def test_traffic_is_what_the_spec_says(run: Any) -> None:
-    job, results, trace, stats, workload = run
-    expected = {(sent.collective, sent.axis, sent.ranks): sent for sent in job.strategy.traffic(stats, workload)}
-    assert len(results.traffic) == 2
-    for rank, rows in enumerate(results.traffic):
-        counted = {(row.collective, row.axis, row.ranks): row for row in rows}
-        for key, sent in expected.items():
-            assert counted[key].payload == pytest.approx(sent.payload, rel=0.01), key
-            assert counted[key].seconds is not None
-            events = [event for event in trace if event.rank == rank and event.name == sent.collective]
-            assert len(events) == counted[key].calls  # of one step
-            assert sum(event.details["bytes"] for event in events) == counted[key].payload
-            assert {event.details["axis"] for event in events} == {sent.axis}
+def test_traffic_is_what_the_spec_says_and_the_trace_shows_it(run: Counted, trace: list[Event]) -> None:
+    check_traffic(run)
+    for rank, rows in enumerate(run.results.traffic):
+        for row in rows:
+            assert row.seconds is not None
+            events = [
+                event
+                for event in trace
+                if (event.rank, event.name, event.details.get("axis")) == (rank, row.collective, row.axis)
+            ]
+            assert len(events) == row.calls  # of one step
+            assert sum(event.details["bytes"] for event in events) == row.payload
     # Ranks' clocks are known to fractions of a millisecond: a short collective may seem to be over before it began.
-    assert sum(row.seconds or 0.0 for rows in results.traffic for row in rows) > 0
+    assert sum(row.seconds or 0.0 for rows in run.results.traffic for row in rows) > 0
 
 
-def test_the_last_step_of_a_short_run_is_traced_and_its_lanes_are_there(run: Any) -> None:
-    _, results, trace, *_ = run
-    assert results.traced_steps == [4]
+def test_the_last_step_of_a_short_run_is_traced_and_its_lanes_are_there(run: Counted, trace: list[Event]) -> None:
+    assert run.results.traced_steps == [2]
     assert {event.rank for event in trace} == {0, 1}
     assert {event.category for event in trace if event.lane == 0} == {
         "data",
@@ -96,6 +95,10 @@ def test_the_last_step_of_a_short_run_is_traced_and_its_lanes_are_there(run: Any
         "idle",
     }
     assert {event.category for event in trace if event.lane == 1} == {"collective"}
+
+
+def test_what_each_rank_has_traced_goes_into_one_file(run: Counted) -> None:
+    assert [path.name for path in run.job.run_dir.glob("trace*.json")] == ["trace.json"]
 
 
 # --- when ---
@@ -195,22 +198,25 @@ def test_a_pipelines_idle_share_is_its_bubble(setting: Setting, tmp_path: Path) 
             assert all(1e-6 * event.duration == pytest.approx(seconds, rel=0.25) for event in events)
 
 
+SINGLE = [*DEEP_ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1"]
+
+
+@pytest.mark.full
 def test_a_run_may_go_untraced(tmp_path: Path) -> None:
-    words = [*DEEP_ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1", "trainer.trace_steps=0"]
-    _, results, trace = traced_run(words, tmp_path)
+    _, results, trace = traced_run([*SINGLE, "trainer.trace_steps=0"], tmp_path)
     assert trace == []
     assert (results.memory, results.traffic, results.wait_share, results.traced_steps) == ([], [], [], [])
     assert "traced" not in results.warmup_rule
 
 
-def test_one_process_is_traced_too_and_leaves_no_other_file(tmp_path: Path) -> None:
-    words = [*DEEP_ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1"]
-    _, results, trace = traced_run(words, tmp_path)
-    assert results.traced_steps == [4] and results.traffic == [[]] and results.wait_share == [0.0]
+@pytest.mark.full
+def test_one_process_is_traced_too(tmp_path: Path) -> None:
+    _, results, trace = traced_run(SINGLE, tmp_path)
+    assert results.traced_steps == [2] and results.traffic == [[]] and results.wait_share == [0.0]
     assert of(trace, 0, "forward") and not of(trace, 0, "collective")
-    assert not list(tmp_path.glob("trace.*.json"))
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning")
 def test_a_step_that_is_not_traced_costs_less_than_a_millisecond_more(tmp_path: Path) -> None:
     """1 % of a 100 ms step; most of it is Lightning's, which calls every hook of every callback."""
