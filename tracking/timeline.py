@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -156,22 +156,30 @@ class Timeline:
 
     def traffic(self, rank: int) -> list[Collective]:
         """What a rank hands to each kind of collective in a step."""
-        kinds: dict[tuple[str, Axis, int], list[tuple[TracedCall, Interval]]] = defaultdict(list)
+        # A group of one rank moves nothing.
+        groups = {name: ranks for name, ranks in self.traces[rank].groups.items() if len(ranks) > 1}
+        lies = {name: (axis_of(ranks, self.mesh), len(ranks)) for name, ranks in groups.items()}
+
+        def kind_of(call: TracedCall) -> tuple[str, Axis, int]:
+            return call.collective, *lies[call.group]
+
+        sent: list[TracedCall] = []
+        under_way: dict[tuple[str, Axis, int], list[Interval]] = defaultdict(list)
         for step, moving in self.parts(rank):
             for call, interval in zip(step.calls, moving, strict=True):
-                ranks = self.traces[rank].groups[call.group]
-                if len(ranks) > 1:
-                    kinds[call.collective, axis_of(ranks, self.mesh), len(ranks)].append((call, interval))
+                if call.group in groups:
+                    sent.append(call)
+                    under_way[kind_of(call)].append(interval)
         return [
             Collective(
                 collective=collective,
                 axis=axis,
                 ranks=ranks,
-                calls=len(calls) / self.num_steps,
-                payload=sum(call.payload_bytes for call, _ in calls) / self.num_steps,
-                seconds=length(joined(interval for _, interval in calls)) / self.num_steps,
+                calls=count.calls / self.num_steps,
+                payload=count.payload_bytes / self.num_steps,
+                seconds=length(joined(under_way[collective, axis, ranks])) / self.num_steps,
             )
-            for (collective, axis, ranks), calls in kinds.items()
+            for (collective, axis, ranks), count in counts_of(sent, kind_of).items()
         ]
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -232,6 +240,32 @@ class Timeline:
             "idle_share": [idle for _, idle in shares],
             "traced_steps": [step.step for step in self.traces[0].steps],
         }
+
+
+class Count(NamedTuple):
+    """How often this rank took part, and how many bytes were its payload."""
+
+    calls: int
+    payload_bytes: int
+
+
+class HasPayload(Protocol):
+    @property
+    def payload_bytes(self) -> int: ...
+
+
+One = TypeVar("One", bound=HasPayload)
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+def counts_of(calls: Iterable[One], kind_of: Callable[[One], Kind]) -> dict[Kind, Count]:
+    """The calls of each kind and their bytes, in the order of first calls."""
+    counts: dict[Kind, Count] = {}
+    for call in calls:
+        kind = kind_of(call)
+        so_far = counts.get(kind, Count(0, 0))
+        counts[kind] = Count(so_far.calls + 1, so_far.payload_bytes + call.payload_bytes)
+    return counts
 
 
 def is_send(call: TracedCall) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple, Self, final
 
 import torch
@@ -15,20 +13,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-
-class Key(NamedTuple):
-    """A collective and the global ranks of its process group, in the group's order."""
-
-    collective: str
-    ranks: tuple[int, ...]
-
-
-class Count(NamedTuple):
-    """How often this rank took part, and how many bytes were its payload; a coalesced collective is one call."""
-
-    calls: int
-    payload_bytes: int
 
 
 class _Rule(NamedTuple):
@@ -92,86 +76,17 @@ _WAIT = "wait_tensor"
 _POINT_TO_POINT = {"send", "recv_"}
 
 
-class _SeesCollectives(TorchDispatchMode, ABC):
-    """A dispatch mode that is shown every operator that moves data between ranks."""
-
-    # A higher-order operator, such as flex attention, would be refused otherwise.
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Leave compiled code compiled: its collectives are still calls of these operators when it runs."""
-        return True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if any(desugars(kind) for kind in types):
-            # A mode goes before tensor subclasses; let them go first, or a DTensor's collectives would stay inside it.
-            return NotImplemented
-        if isinstance(func, OpOverload) and func.namespace in _RULES and FakeTensor not in types:
-            return self.call(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-    @abstractmethod
-    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the operator returns, once it has been called."""
-
-
-@final
-class TrafficCounter(_SeesCollectives):
-    """Counts the collectives that this rank takes part in while the context is entered; `counts` has the result.
-
-    It sees every call that reaches the `c10d` and `_c10d_functional` operators, whoever makes it: DDP's reducer, FSDP2,
-    DTensor, DeepSpeed, `torch.distributed`, compiled graphs. The payload of one call, in bytes:
-
-    - all_reduce, broadcast, reduce, send, recv: the tensor (of a sparse one, the indices and values it holds);
-    - all_gather: the whole gathered output, all ranks' parts;
-    - reduce_scatter: the whole input, all ranks' parts;
-    - all_to_all: this rank's whole input, with the part that it keeps;
-    - gather, scatter: the root's whole list, on every rank.
-
-    Barriers and waits move nothing. An operator that is not known here counts under its own name (`c10d::name`) with
-    all tensors among its arguments, so that it is seen in the result; so does one without a group, as that of no ranks.
-
-    Backward counts too if it is called inside the context, also on CUDA, where it runs in autograd's own threads:
-    each takes over the caller's dispatch modes (`at::ThreadLocalState`, kept in `GraphTask::thread_locals_`). Threads
-    that Python starts do not. Nor is anything seen that does without c10d's operators (symmetric memory, NVSHMEM,
-    DeepSpeed's shared-memory all-reduce), or that a custom operator does in its own kernel.
-
-    Results do not change and no tensor is kept, but every operator passes through Python, which adds about 20 us (torch
-    2.13, `add_` on CPU): steps that are counted are not steps to time. Entering it again goes on with the same counts.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._counts: dict[Key, Count] = {}
-
-    @property
-    def counts(self) -> Mapping[Key, Count]:
-        """What has been counted so far, in the order of first calls; does not change afterwards."""
-        return MappingProxyType(dict(self._counts))
-
-    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        self._count(func, args)
-        return result
-
-    def _count(self, func: OpOverload, args: tuple[Any, ...]) -> None:
-        ranks, _ = _group(func, args)
-        for collective, payload_bytes in _payloads(func, args, len(ranks)):
-            key = Key(collective, ranks)
-            calls, total = self._counts.get(key, (0, 0))
-            self._counts[key] = Count(calls + 1, total + payload_bytes)
-
-
 @dataclass
 class Call:
-    """One call of a collective by this rank, in the marks of the clock that it was timed with."""
+    """One call of a collective by this rank, in the marks of the clock that it was timed with.
+
+    A coalesced collective is one call. An operator that is not known here is a collective of its own name
+    (`c10d::name`), so that it is seen in the result; so is one without a group, of no ranks.
+    """
 
     collective: str
     group: str  # the process group's name, which all its ranks call it by
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...]  # global ones, in the group's order
     payload_bytes: int
     called: Any
     returned: Any
@@ -188,23 +103,36 @@ class Wait(NamedTuple):
 
 
 @final
-class CollectiveTimer(_SeesCollectives):
-    """Times the collectives that this rank takes part in, and its waits for them, while the context is entered.
+class CollectiveTimer(TorchDispatchMode):
+    """Notes the collectives that this rank takes part in, and its waits for them, while the context is entered.
 
-    It sees what TrafficCounter sees, and counts payloads as it does. A call is done when the future of its work says
-    so, or, where it has none, when this rank has waited for it. Waits are seen where Python asks for them: `Work.wait`,
-    which torch.distributed and DeepSpeed call, and `wait_tensor`. Those inside of C++ are not; but DDP's reducer waits
-    behind a backward's last collective, so `unwaited` tells when.
+    It sees every call that reaches the `c10d` and `_c10d_functional` operators, whoever makes it: DDP's reducer, FSDP2,
+    DTensor, DeepSpeed, `torch.distributed`, compiled graphs. Barriers move nothing. Backward is seen too if it is
+    called inside the context, also on CUDA, where it runs in autograd's own threads: each takes over the caller's
+    dispatch modes (`at::ThreadLocalState`, kept in `GraphTask::thread_locals_`). Threads that Python starts are not.
+    Nor is anything seen that does without c10d's operators (symmetric memory, NVSHMEM, DeepSpeed's shared-memory
+    all-reduce), or that a custom operator does in its own kernel.
+
+    A call is done when the future of its work says so, or, where it has none, when this rank has waited for it. Waits
+    are seen where Python asks for them: `Work.wait`, which torch.distributed and DeepSpeed call, and `wait_tensor`.
+    Those inside of C++ are not; but DDP's reducer waits behind a backward's last collective, so `unwaited` tells when.
+
+    Results do not change, and no tensor is kept once it has been waited for, but every operator passes through Python,
+    which adds about 20 us (torch 2.13, `add_` on CPU). Entered again, it adds to the same calls.
 
     mark: reads the clock; on CUDA it records an event, which is passed when the stream comes to it.
     """
+
+    # A higher-order operator, such as flex attention, would be refused otherwise.
+    supports_higher_order_operators = True
 
     def __init__(self, mark: Callable[[], Any]) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.waits: list[Wait] = []
         self._mark = mark
-        self._works: dict[dist.Work, Call] = {}  # keeps each work's Python object, so that its wait is told apart
+        # By works that nobody has waited for; keeps their Python objects, by which a wait is told apart.
+        self._works: dict[dist.Work, Call] = {}
         self._futures: dict[int, Call] = {}  # of functional collectives, by the address of their result
         self._waited: set[int] = set()  # ids of calls
 
@@ -215,7 +143,7 @@ class CollectiveTimer(_SeesCollectives):
         def wait(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
             begin = timer._mark()
             result = timer._wait(work, *args, **kwargs)
-            timer._waited_for(timer._works.get(work), begin)
+            timer._waited_for(timer._works.pop(work, None), begin)
             return result
 
         dist.Work.wait = wait  # type: ignore[method-assign,assignment]
@@ -225,7 +153,22 @@ class CollectiveTimer(_SeesCollectives):
         dist.Work.wait = self._wait  # type: ignore[method-assign]
         super().__exit__(*failure)
 
-    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Leave compiled code compiled: its collectives are still calls of these operators when it runs."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(desugars(kind) for kind in types):
+            # A mode goes before tensor subclasses; let them go first, or a DTensor's collectives would stay inside it.
+            return NotImplemented
+        if isinstance(func, OpOverload) and func.namespace in _RULES and FakeTensor not in types:
+            return self._noted(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _noted(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.partition("::")[2]
         begin = self._mark()
         result = func(*args, **kwargs)
@@ -311,7 +254,15 @@ def _process_group(value: Any) -> dist.ProcessGroup:
 
 
 def _payloads(func: OpOverload, args: tuple[Any, ...], group_size: int) -> Iterator[tuple[str, int]]:
-    """Each call in the operator, as its collective and its payload in bytes."""
+    """Each call in the operator, as its collective and its payload in bytes.
+
+    - all_reduce, broadcast, reduce, send, recv: the tensor (of a sparse one, the indices and values it holds);
+    - all_gather: the whole gathered output, all ranks' parts;
+    - reduce_scatter: the whole input, all ranks' parts;
+    - all_to_all: this rank's whole input, with the part that it keeps;
+    - gather, scatter: the root's whole list, on every rank;
+    - an operator that is not known here: all tensors among its arguments.
+    """
     name = func._schema.name.partition("::")[2]
     rules = _RULES[func.namespace]
     if name in _MOVE_NOTHING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,8 @@ from tests.strategies.sleeping import SleepingBlocks
 from tracking.comparison import compare_runs
 from tracking.page import page
 from tracking.sources import read_run
-from tracking.traffic import TrafficCounter
+from tracking.timeline import counts_of
+from tracking.traffic import CollectiveTimer
 
 FORWARD_S = (0.05, 0.1)  # of each rank's only block; its backward takes twice as long
 ACCUMULATION, STEPS, LOG_EVERY, COUNTED_STEP = 2, 8, 2, 6
@@ -38,20 +40,20 @@ class Notes(pl.Callback):
     """The losses of a rank, and what it hands to collectives in a step that is not traced."""
 
     def __init__(self) -> None:
-        self.counter = TrafficCounter()
+        self.timer = CollectiveTimer(time.perf_counter)
         self.losses: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step + 1 == COUNTED_STEP and len(self.losses) % ACCUMULATION == 0:
-            self.counter.__enter__()
+            self.timer.__enter__()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         self.losses.append(ACCUMULATION * float(outputs["loss"]))  # Lightning has divided it
         if trainer.global_step == COUNTED_STEP and len(self.losses) == ACCUMULATION * COUNTED_STEP:
-            self.counter.__exit__(None, None, None)
+            self.timer.__exit__(None, None, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        sent = {key.collective: list(count) for key, count in self.counter.counts.items()}
+        sent = counts_of(self.timer.calls, lambda call: call.collective)
         notes = {"losses": self.losses, "sent": sent}
         (Path(trainer.default_root_dir) / f"notes{trainer.global_rank}.json").write_text(json.dumps(notes))
 

@@ -1,4 +1,4 @@
-"""TrafficCounter counts what c10d is asked to move, to the byte."""
+"""What c10d is asked to move is seen, to the byte, and when."""
 
 import time
 import weakref
@@ -16,7 +16,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.harness import run_ranks
-from tracking.traffic import CollectiveTimer, Key, TrafficCounter
+from tracking.timeline import counts_of
+from tracking.traffic import CollectiveTimer
 
 Counts = Mapping[tuple[str, tuple[int, ...]], tuple[int, int]]
 
@@ -24,10 +25,18 @@ BOTH = (0, 1)
 PARAMETER_BYTES = (8 * 16 + 16 + 16 * 4 + 4) * 4  # of small_net
 
 
+def timer() -> CollectiveTimer:
+    return CollectiveTimer(time.perf_counter)
+
+
+def counts(noted: CollectiveTimer) -> Counts:
+    return counts_of(noted.calls, lambda call: (call.collective, call.ranks))
+
+
 def counted(function: Callable[[], Any]) -> Counts:
-    with TrafficCounter() as counter:
+    with timer() as noted:
         function()
-    return counter.counts
+    return counts(noted)
 
 
 def vector(length: int = 4) -> Tensor:
@@ -168,17 +177,17 @@ def test_sent_and_received_bytes_count_apart(tmp_path: Path) -> None:
 
 def ddp_steps() -> None:
     plain = DistributedDataParallel(small_net())
-    with TrafficCounter() as start:
+    with timer() as start:
         net = DistributedDataParallel(small_net(), gradient_as_bucket_view=True)
-    assert start.counts["broadcast", BOTH].payload_bytes >= PARAMETER_BYTES  # and what DDP checks beforehand
-    assert Key("all_reduce", BOTH) not in start.counts
+    _, broadcast_bytes = counts(start)["broadcast", BOTH]
+    assert broadcast_bytes >= PARAMETER_BYTES  # and what DDP checks beforehand
+    assert ("all_reduce", BOTH) not in counts(start)
     for _ in range(3):
         step(plain)
-        with TrafficCounter() as counter:
-            step(net)
-        assert counter.counts["all_reduce", BOTH].payload_bytes == PARAMETER_BYTES
+        sent = counted(lambda: step(net))
+        assert sent["all_reduce", BOTH][1] == PARAMETER_BYTES
     # Before, DDP still agreed on its buckets.
-    assert counter.counts == {("all_reduce", BOTH): (1, PARAMETER_BYTES)}
+    assert sent == {("all_reduce", BOTH): (1, PARAMETER_BYTES)}
     for parameter, same in zip(net.parameters(), plain.parameters(), strict=True):
         assert parameter.grad is not None and same.grad is not None
         assert torch.equal(parameter.grad, same.grad)
@@ -220,11 +229,11 @@ def subgroup_of_four() -> None:
     odd = dist.new_group([1, 3])
     even = dist.new_group([2, 0])
     mine, ranks = (odd, (1, 3)) if dist.get_rank() % 2 else (even, (0, 2))
-    with TrafficCounter() as counter:
+    with timer() as noted:
         dist.all_reduce(vector())
         dist.all_gather([vector(), vector()], vector(), group=mine)
         dist.all_gather([vector(), vector()], vector(), group=mine)
-    assert counter.counts == {("all_reduce", (0, 1, 2, 3)): (1, 16), ("all_gather", ranks): (2, 64)}
+    assert counts(noted) == {("all_reduce", (0, 1, 2, 3)): (1, 16), ("all_gather", ranks): (2, 64)}
 
 
 def test_each_group_counts_by_its_global_ranks(tmp_path: Path) -> None:
@@ -236,8 +245,7 @@ LATE_S = 0.2
 
 def late_rank() -> None:
     at_root, wait = dist.get_rank() == 0, dist.Work.wait
-    timer = CollectiveTimer(time.perf_counter)
-    with timer:
+    with timer() as noted:
         dist.barrier()
         time.sleep(0 if at_root else LATE_S)
         dist.all_reduce(vector())
@@ -249,18 +257,18 @@ def late_rank() -> None:
         name = dist.group.WORLD.group_name  # type: ignore[union-attr]
         torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(vector(), "sum", name))
     assert dist.Work.wait is wait
-    blocking, overlapped, message, functional = timer.calls
-    assert [one.payload_bytes for one in timer.calls] == [16, 32, 16, 16]
-    assert all(one.ranks == BOTH and one.called <= one.returned <= one.done for one in timer.calls)
+    blocking, overlapped, message, functional = noted.calls
+    assert [one.payload_bytes for one in noted.calls] == [16, 32, 16, 16]
+    assert all(one.ranks == BOTH and one.called <= one.returned <= one.done for one in noted.calls)
     # The barrier's, and one for each call.
-    _, for_late, for_overlapped, *_ = [end - begin for begin, end in timer.waits]
-    assert len(timer.waits) == 5
+    _, for_late, for_overlapped, *_ = [end - begin for begin, end in noted.waits]
+    assert len(noted.waits) == 5
     assert for_late > LATE_S / 2 if at_root else for_late < LATE_S / 2
     assert abs(blocking.done - blocking.called - for_late) < LATE_S / 2
     assert for_overlapped < LATE_S / 2 and overlapped.done - overlapped.called < LATE_S / 2
     assert message.peer == (0, 1, 0) and message.waited_since is not None
     assert (blocking.peer, overlapped.waited_since, functional.group) == (None, None, name)
-    assert list(timer.unwaited(0, 4)) == []
+    assert list(noted.unwaited(0, 4)) == []
 
 
 def test_calls_are_timed_until_they_are_done_and_so_are_waits_for_them(tmp_path: Path) -> None:
@@ -271,11 +279,11 @@ def ddp_waits_in_cpp() -> None:
     net = DistributedDataParallel(small_net())
     for _ in range(2):  # in its second step it agrees on its buckets
         step(net)
-    with CollectiveTimer(time.perf_counter) as timer:
+    with timer() as noted:
         time.sleep(LATE_S * dist.get_rank())
         step(net)
-    (reduced,) = [one for one in timer.calls if one.collective == "all_reduce"]
-    assert timer.waits == [] and list(timer.unwaited(0, len(timer.calls))) == timer.calls
+    (reduced,) = [one for one in noted.calls if one.collective == "all_reduce"]
+    assert noted.waits == [] and list(noted.unwaited(0, len(noted.calls))) == noted.calls
     assert (reduced.done - reduced.returned > LATE_S / 2) is (dist.get_rank() == 0)
 
 
@@ -305,16 +313,16 @@ def odd_cases() -> None:
 
     tensor = vector()
     kept = weakref.ref(tensor)
-    with TrafficCounter() as counter:
+    with timer() as noted:
         dist.all_reduce(tensor)
-        first = counter.counts
+        first = counts(noted)
         del tensor
         assert kept() is None
     dist.all_reduce(vector())
-    with counter:
+    with noted:
         dist.all_reduce(vector())
     assert first == {("all_reduce", (0,)): (1, 16)}
-    assert counter.counts == {("all_reduce", (0,)): (2, 32)}
+    assert counts(noted) == {("all_reduce", (0,)): (2, 32)}
 
 
 def test_nothing_is_left_out_or_kept(tmp_path: Path) -> None:
