@@ -4,18 +4,19 @@ import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import yaml
 
 from launch.compose import REPOSITORY
 from tests.agreement.cases import STEPS, Case
 from tests.agreement.grid_cases import GridCase
 from tests.agreement.training import train_case
 from tests.strategies.nan_models import STEP
+from tests.tiers import in_tiers
 from tracking.agreement import Draw, compare
 from tracking.evidence import Evidence
 from tracking.record import RunRecord
@@ -48,6 +49,8 @@ def case_of(number: int, preset: str) -> NanCase:
 
 
 CASES = [case_of(number, preset) for number, preset in enumerate(PRESETS)]
+# Weights whole on every rank, sharded in two ways by DeepSpeed, by FSDP, and cut into stages.
+EVERYDAY = [case for case in CASES if case.strategy in ("single", "ddp", "zero2", "zero3", "fsdp", "pipeline")]
 ODD = [
     NanCase(strategy="ddp", precision="bf16_master"),
     NanCase(strategy="zero2", precision="bf16_master", accumulation=2),
@@ -85,23 +88,22 @@ def counts(folder: Path, case: Case) -> list[Any]:
     return [json.loads((folder / f"counts{rank}.json").read_text()) for rank in range(case.world_size)]
 
 
-@pytest.fixture(scope="session")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[NanCase], Draw]:
-    @cache
-    def train_once(*overrides: str) -> Evidence:
-        return train_case(list(overrides), tmp_path_factory.mktemp("reference"))
+def test_everyday_cases_are_of_every_engine() -> None:
+    def engine(preset: str) -> str:
+        tree = yaml.safe_load((REPOSITORY / f"conf/strategy/{preset}.yaml").read_text())
+        return tree.get("_target_") or tree["defaults"][0]
 
-    return lambda case: Draw(train_once(*case.exact_overrides), train_once(*case.reference_overrides))
+    assert {engine(case.strategy) for case in EVERYDAY} == {engine(preset) for preset in PRESETS}
 
 
-@pytest.mark.parametrize("case", [*CASES, *ODD], ids=lambda case: f"{case}-{case.fails_as}")
+@pytest.mark.parametrize("case", in_tiers([*CASES, *ODD], EVERYDAY), ids=lambda case: f"{case}-{case.fails_as}")
 def test_step_that_is_skipped_is_skipped_alike(case: NanCase, tmp_path: Path, references: Callable) -> None:
     candidate = train_case(case.overrides, tmp_path, Counts)
     for counted, finite in counts(tmp_path, case):
         assert finite
         assert set(counted) <= {STEPS - 1.0}
     # The reference's loss is NaN where all of its samples' is; what the weights became, and what was seen, is the same.
-    same = [replace_losses(evidence) for evidence in references(case)]
+    same = [replace_losses(evidence) for evidence in references(case, case.global_batch)]
     checks = compare([Draw(*same)], replace_losses(candidate), master="float32")
     assert [check for check in checks if not check.passed] == []
     results = RunRecord.read(tmp_path / "record.json").results
@@ -123,7 +125,7 @@ def replace_losses(evidence: Evidence) -> Evidence:
     return replace(evidence, losses=without(evidence.losses), gradient_norms=without(evidence.gradient_norms))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", in_tiers(CASES, EVERYDAY), ids=str)
 def test_step_that_is_no_number_ends_the_run_on_every_rank(case: NanCase, tmp_path: Path) -> None:
     every_rank = rf"ranks \[{', '.join(map(str, range(case.world_size)))}\] of {case.world_size} failed"
     with pytest.raises(AssertionError, match=every_rank) as failure:
@@ -136,15 +138,15 @@ def test_step_that_is_no_number_ends_the_run_on_every_rank(case: NanCase, tmp_pa
         assert set(counted) <= {float(STEP)}
 
 
-@pytest.mark.parametrize(
-    ("strategy", "fails_as", "word"),
-    [
-        ("ddp", "InfiniteOnce", "the loss of rank 1 is inf"),
-        ("zero3", "InfiniteOnce", "the loss of rank 1 is inf"),
-        ("fsdp", "NanGradientOnce", "the gradients, though no loss, are nan or inf"),
-        ("zero1", "NanGradientOnce", "the gradients, though no loss, are nan or inf"),
-    ],
-)
+SAID = [
+    ("ddp", "InfiniteOnce", "the loss of rank 1 is inf"),
+    ("zero3", "InfiniteOnce", "the loss of rank 1 is inf"),
+    ("fsdp", "NanGradientOnce", "the gradients, though no loss, are nan or inf"),
+    ("zero1", "NanGradientOnce", "the gradients, though no loss, are nan or inf"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "fails_as", "word"), in_tiers(SAID, [SAID[2]]))
 def test_what_is_no_number_is_said(strategy: str, fails_as: str, word: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
         train_case(NanCase(strategy=strategy, fails_as=fails_as, on_nan="stop").overrides, tmp_path)
