@@ -50,11 +50,12 @@ class TracedCall(_Schema):
 
 
 class TracedStep(_Schema):
-    """One optimizer step of one rank."""
+    """One optimizer step of one rank; `spread` is by how many seconds all its times may be too early."""
 
     step: int
     begin: float
     end: float
+    spread: float = 0.0
     spans: list[Span]
     waits: list[Interval]
     calls: list[TracedCall]

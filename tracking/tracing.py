@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 from strategies.engines.grid import GridEngine
 from strategies.schedules import Kind, Step
 from tracking.memory import MemoryCensus
-from tracking.meter import clock_of, peak_gib, traced_steps, warmup_steps
+from tracking.meter import Clock, clock_of, peak_gib, traced_steps, warmup_steps
 from tracking.record import host_memory
 from tracking.timeline import RankTrace, Span, Timeline, TracedCall, TracedStep, trace_path
 from tracking.traffic import CollectiveTimer
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # what Lightning 2.6 calls it
 BARRIERS = 5  # by which the clocks of several machines are compared
+READINGS = 5  # of two clocks of one machine, of which the closest counts
 # Of a schedule's steps, what is work; a backward's first half is one to those who wait for it.
 WORK: Mapping[Kind, str] = {"F": "forward", "B": "backward", "I": "backward", "W": "weight"}
 
@@ -33,6 +34,28 @@ class Steps(Protocol):
     """An engine that shows what its optimizer really steps with."""
 
     stepping: Optimizer
+
+
+class Moment(NamedTuple):
+    """A moment on two clocks: seconds since the epoch, and a mark that was made then or up to `spread_s` later."""
+
+    seconds: float
+    mark: Any
+    spread_s: float
+
+
+def moment_of(clock: Clock) -> Moment:
+    """Now.
+
+    Where all cores are busy, another process may come between two readings, for tens of milliseconds: a step that began
+    with them would lie too early by as much, and what it received would have arrived before it was sent.
+    """
+    moments = []
+    for _ in range(READINGS):
+        seconds, mark = time.time(), clock.mark()
+        clock.seconds(mark, mark)  # on CUDA: waits until the stream has come to the mark
+        moments.append(Moment(seconds, mark, time.time() - seconds))
+    return min(moments, key=lambda moment: moment.spread_s)
 
 
 class Stretch(NamedTuple):
@@ -124,7 +147,7 @@ class StepTracer(pl.Callback):
         self.step, self.micro_batch, self.stepping_since = step, -1, None
         if self.engine.root_device.type == "cuda":
             torch.cuda.synchronize()
-        self.began_at, self.origin = time.time(), self.clock.mark()
+        self.origin = moment_of(self.clock)
         self.timer = CollectiveTimer(self.clock.mark)
         self.timer.__enter__()
 
@@ -183,7 +206,7 @@ class StepTracer(pl.Callback):
         self.leave()
 
         def at(mark: Any) -> float:
-            return self.began_at + self.clock.seconds(self.origin, mark)
+            return self.origin.seconds + self.clock.seconds(self.origin.mark, mark)
 
         self.groups |= {call.group: call.ranks for call in timer.calls}
         waits = [(at(wait.begin), at(wait.end)) for wait in timer.waits]
@@ -197,8 +220,9 @@ class StepTracer(pl.Callback):
         self.traced.append(
             TracedStep(
                 step=self.step,
-                begin=at(self.origin),
+                begin=self.origin.seconds,
                 end=at(end),
+                spread=self.origin.spread_s,
                 spans=[
                     Span(**part._asdict() | {"begin": at(part.begin), "end": at(part.end)}) for part in self.stretches
                 ],

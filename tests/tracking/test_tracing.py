@@ -25,7 +25,7 @@ from tracking.comparison import compare_runs
 from tracking.gantt import idle_share
 from tracking.record import Results, RunRecord
 from tracking.sources import Event, read_run, read_trace
-from tracking.tracing import StepTracer
+from tracking.tracing import StepTracer, moment_of
 
 
 def traced_run(words: list[str], folder: Path) -> tuple[Job, Results, list[Event]]:
@@ -214,6 +214,32 @@ def test_one_process_is_traced_too(tmp_path: Path) -> None:
     _, results, trace = traced_run(SINGLE, tmp_path)
     assert results.traced_steps == [2] and results.traffic == [[]] and results.wait_share == [0.0]
     assert of(trace, 0, "forward") and not of(trace, 0, "collective")
+
+
+BUSY_S = 0.02
+
+
+class BusyMachine:
+    """A clock of a process that has to give way to another while it is read, but for once."""
+
+    def __init__(self) -> None:
+        self.marks = 0
+
+    def mark(self) -> float:
+        self.marks += 1
+        if self.marks != 2:
+            time.sleep(BUSY_S)
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+def test_two_clocks_are_read_together_when_the_process_is_not_interrupted() -> None:
+    began, began_mark = time.time(), time.perf_counter()
+    moment = moment_of(BusyMachine())
+    assert moment.spread_s < BUSY_S
+    assert moment.seconds - began == pytest.approx(moment.mark - began_mark, abs=BUSY_S / 2)
 
 
 @pytest.mark.full
