@@ -139,7 +139,7 @@ EVERYDAY_SPREAD: dict[str, dict[str, Any]] = {
     "tensor": {"world_size": 2},
     "model_parallel": {"world_size": 2},
     "2d": {"world_size": 4},
-    "pipeline": {"world_size": 2, "schedule": "interleaved_1f1b"},
+    "pipeline": {"world_size": 2, "schedule": "looped_bfs"},  # tied, and two stages on each rank
     "2d_pipeline": {"world_size": 4, "schedule": "zbv"},
     "3d": {"world_size": 8},
 }
