@@ -9,12 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import REPOSITORY, user_environment
+import models
+from launch import preflight
+from launch.compose import compose
+from launch.job import Job, resolve
+from launch.schema import validate
+from launch.verify import VERIFY_OVERRIDES, expand
+from scripts import bench, compare, convert
+from tests.launch.command import REPOSITORY, TINY, user_environment
 
 README = (REPOSITORY / "README.md").read_text()
 
+# Two threads that share busy cores with other tests wait for each other most of the time.
+ONE_THREAD = "launcher.threads_per_rank=1"
 # What makes a documented run short; the rest of the command is as it stands.
-SHORT_RUN = ["trainer.max_steps=2", "trainer.val_every_steps=null", "data.max_val_samples=8", "logger.mode=offline"]
+SHORT_RUN = [
+    "trainer.max_steps=2",
+    "trainer.val_every_steps=null",
+    "data.max_val_samples=8",
+    "logger.mode=offline",
+    ONE_THREAD,
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -26,6 +41,12 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line.startswith("python ")]
+
+
+def commands_in_prose() -> list[str]:
+    """What stands in a sentence or a table: of scripts alone, with words."""
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(found.split()) for found in re.findall(r"`(?:python )?(scripts/\w+\.py\s[^`]+)`", prose)]
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +71,72 @@ def newest_of(word: str, clone: Path) -> str:
     return f"{key}{equals}{max(found)}"
 
 
-@pytest.mark.slow
+@pytest.fixture
+def in_clone(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process find the choices and models of the clone."""
+    monkeypatch.setattr("launch.compose.CONFIG_DIR", clone / "conf")
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(clone / "models")])
+
+
+@pytest.mark.usefixtures("in_clone")
+@pytest.mark.parametrize(
+    "command", [*(command.removeprefix("python ") for command in commands()), *commands_in_prose()]
+)
+def test_command_is_accepted(command: str) -> None:
+    """Whatever is told before processes start is not told of these."""
+    program, *words = shlex.split(command)
+    if program == "scripts/compare.py":
+        compare.parse(words)  # ends the process if it does not understand
+    elif program == "scripts/convert.py":
+        convert.parse(words)
+    elif program == "scripts/bench.py":
+        for case in bench.BENCHMARKS[words[0]]:
+            accept([*bench.SETTING, *case, *words[1:]])
+    else:
+        shared = VERIFY_OVERRIDES if program == "scripts/verify.py" else ()
+        named = [word for word in words if word != "-m" and "<day>" not in word]  # but for runs that are not here
+        for job in expand(named, "-m" in words):
+            accept([*shared, *job])
+
+
+def accept(overrides: list[str]) -> None:
+    """What the dispatcher does with a run's overrides before it has data or processes."""
+    job = Job.of(resolve(validate(compose([*overrides, "launcher.accelerator=cpu"]))))
+    if job.strategy.needs or job.config.compile:
+        preflight.check(job)
+
+
+def run(command: str, clone: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], cwd=clone, env=user_environment(), capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, f"{command}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
+
+
+def test_the_shortest_path_runs(clone: Path) -> None:
+    run(shlex.join([*shlex.split(commands()[0]), *SHORT_RUN]), clone)
+
+
+def test_a_proof_runs(clone: Path) -> None:
+    (command,) = [command for command in commands() if "verify.py" in command and "model=" not in command]
+    run(shlex.join([*shlex.split(command), *TINY, ONE_THREAD]), clone)
+
+
+@pytest.mark.full
 def test_commands_of_the_readme_run(clone: Path) -> None:
     assert len(commands()) >= 8
-    for command in commands():
+    for command in commands():  # in their order: some go on with what others have left
         words = shlex.split(command)
         if "<day>" in command:
             words[-1] = newest_of(words[-1], clone)
         if "verify.py" in command:
-            words += ["trainer.max_steps=2"]
+            words += ["trainer.max_steps=2", ONE_THREAD]
         elif "train.py" in command and "resume_sweep=" not in command:
             words += [*SHORT_RUN, *(["trainer.max_steps=3"] if "resume=" in command else [])]
         if "data.tokenizer=bpe" in command:
             words += ["data.vocab_size=300"]  # the test's book is a short one
-        run = subprocess.run(
-            [sys.executable, *words[1:]], cwd=clone, env=user_environment(), capture_output=True, text=True,
-            timeout=300, check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+        run(shlex.join(words), clone)
 
 
 def test_refusal_shown_in_the_readme_is_what_is_printed(tmp_path: Path) -> None:
