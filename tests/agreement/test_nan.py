@@ -125,7 +125,10 @@ def replace_losses(evidence: Evidence) -> Evidence:
     return replace(evidence, losses=without(evidence.losses), gradient_norms=without(evidence.gradient_norms))
 
 
-@pytest.mark.parametrize("case", in_tiers(CASES, EVERYDAY), ids=str)
+ENDING = [case for case in EVERYDAY if case.strategy in ("ddp", "zero3", "pipeline")]
+
+
+@pytest.mark.parametrize("case", in_tiers(CASES, ENDING), ids=str)
 def test_step_that_is_no_number_ends_the_run_on_every_rank(case: NanCase, tmp_path: Path) -> None:
     every_rank = rf"ranks \[{', '.join(map(str, range(case.world_size)))}\] of {case.world_size} failed"
     with pytest.raises(AssertionError, match=every_rank) as failure:
