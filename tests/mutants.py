@@ -127,9 +127,9 @@ def judge(mutant: Mutant, original: Path, *, baseline: bool) -> Outcome:
         (folder / mutant.file).write_text(planted(mutant, folder))
         by = first_red(folder, mutant.tests, TEST)
         if by is None:
-            in_test, by = False, first_red(folder, mutant.proof or mutant.tests, PROVE)
+            in_test, by = False, first_red(folder, mutant.tests, PROVE)
     if by and not in_test and baseline:
-        check_green([mutant.proof or mutant.tests], PROVE, original)
+        check_green([mutant.tests], PROVE, original)
     outcome = Outcome(mutant=mutant, in_test=in_test, by=by, seconds=time.monotonic() - began)
     print(f"{mutant.name}: {by or 'SURVIVES'}  ({outcome.seconds:.0f} s)", flush=True)
     return outcome
@@ -155,7 +155,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def run(mutants: Sequence[Mutant], *, jobs: int, baseline: bool) -> list[Outcome]:
     """Judge each; however that ends, no process and no file of it is left."""
-    with TemporaryDirectory(prefix="mutants-") as place:
+    with TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as place:
         original = Path(place) / "original"
         snapshot(original)
         for mutant in mutants:
