@@ -32,9 +32,9 @@ def become_rank(
         TORCHELASTIC_RUN_ID="tests",
     )
     listener.close()
-    # What the parent has left is not this rank's to collect. To look through all of it, in pages that are copied for it,
-    # takes a second in each of the two collections that DeepSpeed asks for at its start; and among it may be threads,
-    # which this process has not, to be ended.
+    # What the parent has left is not for this rank to collect. To look through it, in pages that are copied for that,
+    # takes a second in each of the two collections that DeepSpeed asks for when it starts; and among it may be threads
+    # to be ended, which this process has not.
     gc.freeze()
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
