@@ -118,6 +118,7 @@ def test_the_shortest_path_runs(clone: Path) -> None:
     run(shlex.join([*shlex.split(commands()[0]), *SHORT_RUN]), clone)
 
 
+@pytest.mark.full
 def test_a_proof_runs(clone: Path) -> None:
     (command,) = [command for command in commands() if "verify.py" in command and "model=" not in command]
     run(shlex.join([*shlex.split(command), *TINY, ONE_THREAD]), clone)

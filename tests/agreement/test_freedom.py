@@ -20,7 +20,7 @@ from tracking.evidence import Evidence
 # Every strategy is left for another and resumed from another; the matrix has all other pairs, too.
 RING = list(itertools.pairwise([*FREE, "single"]))
 # One pair for each two of the families of engines: data-parallel, DeepSpeed's, and the grid's.
-EVERYDAY = [("ddp", "zero3"), ("zero3", "3d"), ("pipeline", "ddp")]
+EVERYDAY = [("ddp", "zero3"), ("zero3", "pipeline"), ("pipeline", "ddp")]
 SAME = ("ddp", "zero3", "pipeline")
 
 

@@ -82,6 +82,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.full
 def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
     run = train(tmp_path, *TINY, "compile=true", CXX="/nowhere/c++")
     assert run.returncode == 2

@@ -74,6 +74,7 @@ def test_failing_jobs_do_not_stop_a_sweep(sweep: tuple[Path, subprocess.Complete
     assert single.group == ddp.group is not None
 
 
+@pytest.mark.full
 def test_resumed_sweep_runs_only_what_is_missing(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = sweep
     kept = (folder / "0/record.json").stat().st_mtime_ns
@@ -85,6 +86,7 @@ def test_resumed_sweep_runs_only_what_is_missing(sweep: tuple[Path, subprocess.C
     assert states(folder / "1" / "attempts")[1] == "failed"  # the first attempt is number 1
 
 
+@pytest.mark.full
 def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(

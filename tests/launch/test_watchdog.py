@@ -34,6 +34,7 @@ BOUND_S = 140
 
 IN_STEP = f"in step {STEPS_BEFORE + 1}, training_step (hanging.py:"
 IN_VALIDATION = "in validation after step 4, validation_step (hanging.py:"
+IN_SET_UP = "in set-up, configure_optimizers (hanging.py:"
 
 
 def words_of(limits: dict[str, float]) -> list[str]:
@@ -57,7 +58,7 @@ def finish(process: Command, processes: list[psutil.Process]) -> None:
         pytest.param("fsdp", "HangsInTraining", IN_TRAINING, IN_STEP, marks=pytest.mark.full),
         ("pipeline", "HangsInTraining", IN_TRAINING, IN_STEP),
         pytest.param("ddp", "HangsInValidation", IN_TRAINING, IN_VALIDATION, marks=pytest.mark.full),
-        ("ddp", "HangsInSetUp", IN_START_UP, "in set-up, configure_optimizers (hanging.py:"),
+        pytest.param("ddp", "HangsInSetUp", IN_START_UP, IN_SET_UP, marks=pytest.mark.full),
     ],
 )
 def test_hanging_rank_is_named(strategy: str, model: str, limits: dict[str, float], place: str, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_collectives_wait_longer_than_the_watchdog_of_either_phase(
     assert found == [(60, 120)] * 2 * accumulation + [(3, 63)] * 2 * accumulation
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_save_that_gets_on_is_waited_for(asynchronous: bool, tmp_path: Path) -> None:
     timeout_s = 0.6 * WRITE_S
     slow = ["model._target_=tests.launch.slow_disk.WritesSlowly", f"checkpoint.asynchronous={asynchronous}"]

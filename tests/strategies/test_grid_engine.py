@@ -68,6 +68,7 @@ def test_3d_normalizes_batches_as_one_process_that_takes_its_micro_batches(
     assert {check.quantity for check in wrong} <= {"validation loss"}
 
 
+@pytest.mark.full
 def test_ranks_validate_with_the_same_statistics(tmp_path: Path) -> None:
     ours, theirs = (
         train_case(own("ResNet", strategy=strategy, optimizer="sgd").overrides, tmp_path / strategy)

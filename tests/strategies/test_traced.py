@@ -27,8 +27,8 @@ from tracking.tracing import StepTracer
 # zero3_nvme needs a library that not every machine has.
 TRACED = [path.stem for path in PRESETS if path.stem != "zero3_nvme"]
 # One for each way in which an engine keeps what it holds: whole; flat, with a share of it stepped; each parameter cut,
-# by DeepSpeed and by FSDP2; and all axes at once.
-STAND_FOR_ENGINES = ("ddp", "zero2", "zero3", "fsdp", "3d")
+# by DeepSpeed and by FSDP2; and by stages.
+STAND_FOR_ENGINES = ("ddp", "zero2", "zero3", "fsdp", "pipeline")
 GLOBAL_BATCH, ACCUMULATION = 16, 2
 WORDS = [
     *EVEN,

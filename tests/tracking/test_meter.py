@@ -171,6 +171,7 @@ def test_matmul_peak_is_in_the_range_of_a_processor_and_quick() -> None:
     assert time.perf_counter() - start < 2
 
 
+@pytest.mark.full
 def test_the_meter_costs_less_than_a_millisecond_a_step(tmp_path: Path) -> None:
     """1 % of a 100 ms step, its rows included; the trainer's own cost is subtracted by running without it."""
 

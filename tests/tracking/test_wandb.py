@@ -107,6 +107,7 @@ def test_the_record_the_trace_and_the_certificate_are_with_the_run_and_will_be_u
     assert names <= {file["path"] for file in listed}
 
 
+@pytest.mark.full
 def test_a_failed_run_is_marked_as_failed(tmp_path: Path, train: Program) -> None:
     train(tmp_path, accident="run fails")
     assert summary_of(tmp_path)["exit_code"] == 1
@@ -203,9 +204,8 @@ def test_a_server_lost_on_the_way_neither_fails_nor_holds_the_run_and_it_can_be_
     assert "record/val_loss" in (tmp_path / "later").read_text()
 
 
-@pytest.mark.parametrize(
-    ("accident", "bound_s"), [("service dies", 5.0), pytest.param("service hangs", 16.0, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("accident", "bound_s"), [("service dies", 5.0), ("service hangs", 16.0)])
 def test_the_loss_of_wandb_s_own_service_neither_fails_nor_holds_the_run(
     tmp_path: Path, train: Program, accident: str, bound_s: float
 ) -> None:

@@ -64,6 +64,7 @@ def without_place(run: Run) -> Run:
     return dataclasses.replace(run, folder=None)
 
 
+@pytest.mark.full
 def test_a_run_that_was_synced_is_read_from_the_server_as_from_its_folder(offline: Path, tmp_path: Path) -> None:
     with serve(tmp_path / "uploads") as variables:
         sync(offline, **variables)
@@ -115,6 +116,7 @@ def test_losses_that_are_no_numbers_are_read_and_other_values_are_not() -> None:
     assert list(history["val/loss"].values) == [-math.inf]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("source", "line"),
     [
