@@ -94,13 +94,13 @@ MUTANTS = (
         does="clips each rank's gradients by their own norm before DDP averages them",
         file="strategies/engines/replicate.py",
         old="            self.settle_buckets()\n",
-        new="            self.settle_buckets()\n"
-        "            model, limit = cast(DistributedDataParallel, self.model), trainer.gradient_clip_val or 1e9\n"
-        "            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n\n"
-        "            def clipped(group: Any, bucket: Any) -> Any:\n"
-        "                bucket.buffer().mul_((limit / (bucket.buffer().norm() + 1e-6)).clamp(max=1.0))\n"
+        new="            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n\n"
+        "            def clipped(group, bucket):\n"
+        "                gradient, limit = bucket.buffer(), trainer.gradient_clip_val or 1e9\n"
+        "                gradient.mul_((limit / (gradient.norm() + 1e-6)).clamp(max=1.0))\n"
         "                return allreduce_hook(group, bucket)\n\n"
-        "            model.register_comm_hook(None, clipped)\n",
+        "            self.model.register_comm_hook(None, clipped)\n"
+        "            self.settle_buckets()\n",
         tests=DDP,
     ),
     Mutant(
