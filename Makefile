@@ -27,7 +27,7 @@ prove: test  ## Run all tests: also every further case, every spread at 2, 4 and
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m '(full or matrix) and not alone'
 	@$(BIN)/python -m pytest -m alone
 
-mutants: setup  ## Plant thirty faults in a copy of the code, one by one: the tests have to catch each (not in CI).
+mutants: setup  ## Plant faults in a copy of the code, one by one: the tests have to catch each (not in CI).
 	@$(BIN)/python -m tests.mutants
 
 lint: setup  ## Check format, style, types and the direction of imports.

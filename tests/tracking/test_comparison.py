@@ -378,3 +378,11 @@ def test_the_conclusions_say_who_waits() -> None:
     assert "ddp waits 20% of a step for other ranks." in said(run("single"), run("ddp", **two))
     long = run("zero3", ranks=2, found=measured() | {"wait_share": [0.5, 0.7]})
     assert "zero3 waits longest for other ranks, 60% of a step; ddp shortest, 20%." in said(run("ddp", **two), long)
+
+
+def test_each_repeat_has_its_own_difference_from_the_reference() -> None:
+    repeats = [run("ddp", seed=1, losses=(4, 3, 2.5)), run("ddp", seed=2, losses=(4.25, 3, 2))]
+    comparison = compare_runs([run("single"), *repeats])
+    found = [(one.loss_difference, one.loss_difference_step) for one in comparison.runs]
+    assert found == [(0.0, 10), (0.5, 30), (0.25, 10)]
+    assert [one.curve.difference for one in comparison.runs[1:]] == [[0.0, 0.0, 0.5], [0.25, 0.0, 0.0]]
