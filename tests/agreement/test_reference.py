@@ -29,6 +29,7 @@ def plain_loop(job: Job) -> tuple[list[float], list[float], dict[str, np.ndarray
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     samples = data.train_samples()
     order = Order(num_samples=len(samples), global_batch_size=data.global_batch_size, seed=data.seed)
+    assert config.trainer.clip_norm is not None
     losses, norms = [], []
     for step in range(STEPS):
         loss = model.training_step(BatchDataset(samples)[order.step_indices(step)], 0)
