@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ _MOVE_NOTHING = {"barrier", "monitored_barrier_", "wait_tensor", "check_for_nan"
 _GROUP_ARGUMENTS = {"process_group", "group_name"}
 _WAIT = "wait_tensor"
 _POINT_TO_POINT = {"send", "recv_"}
+CALLBACKS_S = 1.0
 
 
 @dataclass
@@ -135,6 +137,7 @@ class CollectiveTimer(TorchDispatchMode):
         self._works: dict[dist.Work, Call] = {}
         self._futures: dict[int, Call] = {}  # of functional collectives, by the address of their result
         self._waited: set[int] = set()  # ids of calls
+        self._told: set[int] = set()  # ids of calls whose end is told by their work's future
 
     def __enter__(self) -> Self:
         self._wait = dist.Work.wait
@@ -152,6 +155,17 @@ class CollectiveTimer(TorchDispatchMode):
     def __exit__(self, *failure: Any) -> None:
         dist.Work.wait = self._wait  # type: ignore[method-assign]
         super().__exit__(*failure)
+        self._let_callbacks_end()
+
+    def _let_callbacks_end(self) -> None:
+        """Wait until the ends of works that are over have been noted.
+
+        A future wakes who waits for it (DDP's reducer) before it calls back, and a callback has to get the GIL first.
+        """
+        give_up = time.monotonic() + CALLBACKS_S
+        for work, call in self._works.items():
+            while call.done is None and id(call) in self._told and work.is_completed() and time.monotonic() < give_up:
+                time.sleep(0.001)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -211,6 +225,7 @@ class CollectiveTimer(TorchDispatchMode):
         self._works[work] = call
         with suppress(RuntimeError):  # gloo has no futures of sends, receives, and collectives on one flat tensor
             work.get_future().add_done_callback(lambda _: self._end(call))
+            self._told.add(id(call))
 
     def _end(self, call: Call) -> None:
         if call.done is None:

@@ -287,6 +287,17 @@ def ddp_waits_in_cpp() -> None:
     assert (reduced.done - reduced.returned > LATE_S / 2) is (dist.get_rank() == 0)
 
 
+def callback_is_late() -> None:
+    with timer() as noted:
+        end, noted._end = noted._end, lambda call: (time.sleep(LATE_S), end(call))  # type: ignore[method-assign,assignment,func-returns-value]
+        step(DistributedDataParallel(small_net()))
+    assert [one for one in noted.calls if one.collective == "all_reduce" and one.done is None] == []
+
+
+def test_a_call_that_is_over_has_its_end_noted_before_the_timer_is_left(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, with_gloo, callback_is_late)
+
+
 def test_what_ddp_waits_for_is_told_apart(tmp_path: Path) -> None:
     run_ranks(2, tmp_path, with_gloo, ddp_waits_in_cpp)
 
