@@ -164,7 +164,10 @@ class CollectiveTimer(TorchDispatchMode):
         """
         give_up = time.monotonic() + CALLBACKS_S
         for work, call in self._works.items():
-            while call.done is None and id(call) in self._told and work.is_completed() and time.monotonic() < give_up:
+            # Not `work.is_completed()`, which under gloo is false until the callbacks have been.
+            while call.done is None and id(call) in self._told and work.get_future().done():
+                if time.monotonic() > give_up:
+                    return
                 time.sleep(0.001)
 
     @classmethod
