@@ -92,8 +92,9 @@ def final_history(attempts: list[Attempt]) -> list[list[str]]:
     return [steps[step] for step in range(attempts[-1].job.config.trainer.max_steps)]
 
 
-@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.full), pytest.param(50, marks=pytest.mark.matrix)])
-def test_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(kills: int, tmp_path: Path) -> None:
+@pytest.mark.matrix
+def test_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    kills = 50
     steps = 20 + 4 * kills  # more than are taken between kills
     words = [*FREE["fsdp"].overrides, f"launcher.devices={WORLD}", "data.micro_batch_size=16"]
     words += [f"trainer.max_steps={steps}", "checkpoint.every_steps=1"]
