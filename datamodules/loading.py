@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from datamodules.spec import SampledData, Samples
 Batch = torch.Tensor | list[torch.Tensor]
 
 
-def begin_worker(number: int) -> None:
-    """Seed a loader's worker as Lightning does, and have it let the first signal to end pass.
+def begin_worker(number: int, *, data_rank: int) -> None:
+    """Seed a loader's worker as Lightning does, by data rank, and have it let the first signal to end pass.
 
     Who ends a job may send it to all processes; the run then ends in order, and its workers with it. A second one comes
     from the rank itself, to a worker that is still there.
     """
-    pl_worker_init_function(number)
+    pl_worker_init_function(number, rank=data_rank)
 
     def pass_over(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -139,7 +140,8 @@ class SampleDataModule(LightningDataModule):
 
     def _data_slice(self) -> tuple[int, int]:
         """This process's data rank, and the number of data ranks."""
-        slicing = self._trainer.strategy.distributed_sampler_kwargs
+        # Lightning's own strategy for one process does not say.
+        slicing = getattr(self._trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
         return slicing["rank"], slicing["num_replicas"]
 
     @property
@@ -156,6 +158,6 @@ class SampleDataModule(LightningDataModule):
             "batch_size": None,
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
-            "worker_init_fn": begin_worker,
+            "worker_init_fn": partial(begin_worker, data_rank=self._data_slice()[0]),
             "pin_memory": self._sees_batches and self._trainer.strategy.root_device.type == "cuda",
         }

@@ -20,6 +20,7 @@ from datamodules.order import Order
 from datamodules.spec import SampledData
 from launch.job import Job
 from launch.worker import build_model
+from strategies.engines.construction import constructing
 from strategies.engines.materialize import materialize
 
 LOSS_TOLERANCE = 1e-4  # nats; float32 sums in another order leave about 1e-6
@@ -67,7 +68,8 @@ class BareLoop(pl.Callback, ABC):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         engine: Any = trainer.strategy
         module: Any = build_model(self.job.config)
-        module.configure_model()
+        with constructing(module):
+            module.configure_model()
         self.device = engine.root_device
         materialize(module, self.device, self.job.config.seed)
         module.net = self.spread(module.net, engine)

@@ -1,14 +1,22 @@
 """What takes torch to find out or to make before a run starts, in other processes: the dispatcher has no torch."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.job import Job, run_of
 from launch.schema import ConfigError, RunConfig, validate
 from launch.zygote import zygote_for
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 
 def check_model(config: RunConfig, environment: Mapping[str, str]) -> None:
@@ -46,6 +54,11 @@ def main(config_json: str) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    except Exception as error:  # noqa: BLE001  # the model is the user's own code
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        print(f"model: its code raised {type(error).__name__}: {error} ({place})".splitlines()[0], file=sys.stderr)
+        return 1
     return 0
 
 
@@ -53,18 +66,29 @@ def check(job: Job) -> None:
     """ValueError if the model, or its plan, does not fit."""
     config, strategy = job.config, job.strategy
     from launch.worker import build_model
+    from strategies.engines.construction import constructing
     from strategies.engines.extensions import check_compiler
 
     if config.compile and config.launcher.accelerator == "cpu":
         check_compiler("compile=true")
     model = build_model(config)
-    model.configure_model()
+    with constructing(model):
+        model.configure_model()
+    check_plan(job, model)
+    strategy.check_module(model, run_of(config, job.data, config.launcher.accelerator))
+
+
+def check_plan(job: Job, model: LightningModule) -> None:
+    """ValueError if the model's plan lacks what the run asks of it."""
+    config, strategy = job.config, job.strategy
     plan = getattr(model, "plan", None)
     if job.block_keys and not (plan and plan.blocks):
         raise ConfigError(
             f"{job.block_keys[0]} goes block by block, and model={config.choices.get('model')} has no plan.blocks; "
             f"give {type(model).__name__} a ParallelPlan with `blocks`, or leave the key out."
         )
+    if not strategy.needs:
+        return
     if plan is None:
         raise ConfigError(
             f"model={config.choices.get('model')} has no plan, which strategy={strategy.name} needs "
@@ -73,4 +97,3 @@ def check(job: Job) -> None:
     plan.require(strategy.needs, type(model).__name__)
     net = model.get_submodule(plan.net)
     strategy.check_plan(plan, plan.expand(name for name, _ in net.named_modules()))
-    strategy.check_module(model, run_of(config, job.data, config.launcher.accelerator))

@@ -131,7 +131,7 @@ class RunConfig(Section):
     run_dir: str = Field(min_length=1)
     resume: str | None  # a checkpoint, a run folder that has one, or AUTO
     resume_despite: list[str]  # keys that may differ from the run that wrote the checkpoint
-    evidence: bool
+    evidence: bool | Literal["plain"]  # "plain": of plain Lightning, which certificates compare with
     compile: bool
     trainer: TrainerConfig
     strategy: dict[str, Any]

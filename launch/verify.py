@@ -26,6 +26,7 @@ from tracking.agreement import (
     Certificate,
     Draw,
     another_draw_matters,
+    cause_of,
     compare,
     other_micro_batches,
     tolerance_text,
@@ -33,6 +34,9 @@ from tracking.agreement import (
 from tracking.certified import subject_of
 from tracking.evidence import Evidence
 from tracking.record import RunRecord
+
+# Keys that may differ between candidates that share a reference.
+NOT_SHARED = ("strategy", "launcher.devices", "compile", "data.micro_batch_size")
 
 # What a run that is made to be compared differs in from one that is made to be used.
 VERIFY_OVERRIDES = ("trainer.max_steps=4", "trainer.val_every_steps=null", "logger=none", "evidence=true")
@@ -80,51 +84,73 @@ class Verifier:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.references: dict[tuple[str, ...], tuple[Finished, Finished]] = {}  # exact and in the precision asked for
+        self.runs: dict[tuple[str, ...], Evidence] = {}
 
     def run(self, overrides: list[str], name: str) -> Finished:
         """Train one run in a folder of its own under `name`."""
         run_dir = self.folder / name
-        words = [*VERIFY_OVERRIDES, *overrides, f"run_dir={quoted(run_dir)}"]
-        status = dispatch(run_dir, name, lambda: compose(words))
-        if status.state == "refused":
-            raise ConfigError(status.error or "refused")
-        if status.state != "completed":
-            raise RunFailedError(f"{name}: {status.error}")
+        self.train(overrides, run_dir, name)
         return Finished(
             config=load_resolved(run_dir),
             record=RunRecord.read(run_dir / "record.json"),
             evidence=Evidence.load(run_dir),
         )
 
-    def reference(self, overrides: list[str]) -> tuple[Finished, Finished]:
-        """The exact and the reference run for a candidate's overrides, made once."""
-        shared = tuple(
-            word for word in overrides if not key(word).startswith(("strategy", "launcher.devices", "compile"))
+    def train(self, overrides: list[str], run_dir: Path, name: str) -> None:
+        words = [*VERIFY_OVERRIDES, *overrides, f"run_dir={quoted(run_dir)}"]
+        status = dispatch(run_dir, name, lambda: compose(words))
+        if status.state == "refused":
+            raise ConfigError(status.error or "refused")
+        if status.state != "completed":
+            raise RunFailedError(f"{name}: {status.error}")
+
+    def plain(self, overrides: list[str], kind: str, *, micro_batch_size: int) -> Evidence:
+        """What plain Lightning computes on one process, in float64 (`exact`) or as asked for (`reference`)."""
+        shared = [word for word in overrides if not key(word).startswith(NOT_SHARED)]
+        asked = validate(compose([*VERIFY_OVERRIDES, *overrides])).precision
+        if kind == "exact":
+            shared = [*without(shared, "precision"), "precision=fp64"]
+        # Lightning has nothing that steps a wider copy of the weights: one process of Concord's does.
+        way = "true" if kind == "reference" and asked.copies_master else "plain"
+        words = (*shared, "strategy=single", f"evidence={way}", f"data.micro_batch_size={micro_batch_size}")
+        if words not in self.runs:
+            number = sum(run.name.split("-")[0] == kind for run in self.folder.glob("*"))
+            name = f"{kind}-{number}" if number else kind
+            self.train(list(words), self.folder / name, name)
+            self.runs[words] = Evidence.load(self.folder / name)
+        return self.runs[words]
+
+    def draw(self, overrides: list[str], micro_batch_size: int) -> Draw:
+        """The exact and the reference run for a candidate's overrides, on micro-batches of a size."""
+        return Draw(
+            *(self.plain(overrides, kind, micro_batch_size=micro_batch_size) for kind in ("exact", "reference"))
         )
-        if shared not in self.references:
-            number = f"{len(self.references)}-" if self.references else ""
-            exact = self.run([*without(shared, "precision"), "strategy=single", "precision=fp64"], f"{number}exact")
-            self.references[shared] = exact, self.run([*shared, "strategy=single"], f"{number}reference")
-        return self.references[shared]
 
     def certify(self, overrides: list[str], name: str) -> Certificate:
         """Compare the candidate that `overrides` describe with its references; the certificate lies in its folder."""
-        resolve(validate(compose([*VERIFY_OVERRIDES, *overrides])))  # a mistake is told before references are trained
-        exact, reference = self.reference(overrides)
+        asked = validate(compose([*VERIFY_OVERRIDES, *overrides]))
+        resolve(asked)  # a mistake is told before references are trained
+        whole, micro = int(asked.data["global_batch_size"]), int(asked.data["micro_batch_size"])
+        if "module" in asked.data:
+            whole = micro  # of the user's own loaders, which give what they give
+        first = self.draw(overrides, whole)
+        conditions = conditions_of(first.exact, micro)
+        if first.exact.traits["draws"] and whole != micro:
+            first, whole = self.draw(overrides, micro), micro
         candidate = self.run(overrides, name)
-        precision, data = candidate.config.precision, reference.config.data
-        draws = [Draw(exact.evidence, reference.evidence)]
+        precision, draws = candidate.config.precision, [first]
         checks = compare(draws, candidate.evidence, master=precision.master)
-        for size in other_micro_batches(data["global_batch_size"], data["micro_batch_size"]):
+        for size in other_micro_batches(int(asked.data["global_batch_size"]), whole):
             if not another_draw_matters(checks):
                 break
-            others = [word for word in overrides if key(word) != "data.micro_batch_size"]
-            pair = self.reference([*others, f"data.micro_batch_size={size}"])
-            draws.append(Draw(*(finished.evidence for finished in pair)))
+            draws.append(self.draw(overrides, size))
             checks = compare(draws, candidate.evidence, master=precision.master)
+        passed, cause = all(check.passed for check in checks), ""
+        if not passed:
+            cut = self.plain(overrides, "exact", micro_batch_size=micro) if whole != micro else None
+            cause = cause_of(checks, draws, cut, candidate.evidence, parts=parts_of(candidate))
         certificate = Certificate(
-            verdict="agrees" if all(check.passed for check in checks) else "disagrees",
+            verdict="agrees" if passed else "disagrees",
             strategy=candidate.record.strategy,
             world_size=candidate.record.world_size,
             model=str(candidate.config.choices.get("model")),
@@ -132,10 +158,12 @@ class Verifier:
             precision=precision.name,
             steps=candidate.config.trainer.max_steps,
             checks=checks,
+            conditions=conditions,
+            cause=cause,
             tolerance=tolerance_text(precision.master),
             subject=subject_of(candidate.record.config, candidate.record.world_size),
             config_hash=candidate.config.hash,
-            reference_config_hash=reference.config.hash,
+            reference_config_hash=asked.hash,
             environment=candidate.record.environment.model_dump(),
         )
         path = self.folder / name / "certificate.json"
@@ -151,7 +179,32 @@ class Verifier:
         return certificate
 
 
-def without(overrides: tuple[str, ...], group: str) -> list[str]:
+def conditions_of(exact: Evidence, micro_batch_size: int) -> list[str]:
+    """What is said of how the runs were made, so that they could be compared."""
+    conditions = []
+    if exact.traits["dropout"]:
+        places = ", ".join(dict.fromkeys(exact.traits["dropout"][:3]))
+        conditions.append(f"dropout is switched off ({places}): every way to cut a batch draws another mask")
+    if exact.traits["draws"]:
+        conditions.append(
+            f"the step draws at random: plain Lightning took micro-batches of {micro_batch_size} samples, with the "
+            f"candidate's seeds"
+        )
+    return conditions
+
+
+def parts_of(candidate: Finished) -> dict[str, int]:
+    """Numbers by which a gradient may have been multiplied, or divided, by mistake."""
+    batch = candidate.record.batch
+    return {
+        "ranks": candidate.record.world_size,
+        "data ranks": candidate.record.mesh.data,
+        "micro-batches of a rank": batch.accumulation,
+        "micro-batches of a step": batch.global_ // batch.micro,
+    }
+
+
+def without(overrides: list[str], group: str) -> list[str]:
     """The overrides that neither choose in `group` nor reach into it."""
     return [word for word in overrides if key(word).partition(".")[0] != group]
 
@@ -168,6 +221,8 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
         verdict = "ok" if check.passed else "DISAGREES"
         table.add_row(check.quantity, str(check.count), check.where, *figures, verdict)
     console.print(table)
+    for line in [*certificate.conditions, *([certificate.cause] if certificate.cause else [])]:
+        console.print(f"  {line}", highlight=False)
 
 
 def verify(arguments: list[str]) -> int:

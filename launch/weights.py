@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import lightning.pytorch as pl
 
 from launch.schema import ConfigError
-from strategies.engines.checkpoint import Holds, Reader
+from strategies.engines.checkpoint import Held, Holds, Reader
 from strategies.engines.formats import load_weights, places
 from strategies.weights import weights_of
 
@@ -30,6 +31,9 @@ class StartingWeights(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         engine = cast(Holds, trainer.strategy)
-        with Reader(*self.source) as reader:
-            load_weights(reader, engine.held(), self.places)
+        self.load(engine.held())
         engine.narrow()
+
+    def load(self, held: Iterator[Held]) -> None:
+        with Reader(*self.source) as reader:
+            load_weights(reader, held, self.places)

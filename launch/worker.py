@@ -24,7 +24,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TextIO, cast
@@ -43,6 +43,7 @@ from datamodules.loading import BatchDataset
 from datamodules.spec import SampledData
 from launch.checkpoints import Checkpoints
 from launch.dispatch import EXIT_FAILED, STARTED, load_resolved
+from launch.epochs import Epochs
 from launch.failure import record_error
 from launch.job import Job, run_of
 from launch.looks import nan_finders, profilers, recorder_of
@@ -50,9 +51,12 @@ from launch.output import log_path, own_output
 from launch.restore import Complete, Restore
 from launch.schema import ConfigError, RunConfig
 from launch.signals import EndedError
+from launch.still import Still, WithoutDropout
 from launch.watchdog import Watchdog
 from launch.weights import StartingWeights
 from models.stats import ModelStats, measure
+from strategies.engines.construction import Construction, keep, written_down
+from strategies.engines.draws import left_alone
 from strategies.engines.finite import StepGuard
 from tracking import record
 from tracking.evidence_recorder import EvidenceRecorder, ShowsState
@@ -95,12 +99,15 @@ class LeaveWord(Callback):
 
 def build_model(config: RunConfig) -> LightningModule:
     """The LightningModule that the config describes; ValueError in one line if its `_target_` or keys are wrong."""
+    construction = Construction()
     try:
-        model = instantiate(config.model, _convert_="all")
+        with written_down(construction):
+            model = instantiate(config.model, _convert_="all")
     except InstantiationException as error:
         raise ConfigError(f"model: {str(error.__cause__ or error).splitlines()[0]}") from None
     if not isinstance(model, LightningModule):
         raise ConfigError(f"model._target_={config.model.get('_target_')} is not a LightningModule.")
+    keep(construction, model)
     return model
 
 
@@ -223,12 +230,18 @@ def train_watched(
     if job.extensions:
         prepare_extensions(job)
     model = build_model(config)
+    if config.evidence == "plain":
+        from launch.plain import train_plainly  # no other run needs it
+
+        train_plainly(job, model)
+        return 0
     peak_flops = None if config.evidence else peak_of_device(config)  # first, while all ranks are at the same point
     watchdog.beat()
-    shadow = on_meta(model)
-    # Counted where it is of use: rank 0 logs it (not of a run that is made to be compared), grids cut by it.
-    if stats is None and ((rank == 0 and not config.evidence) or job.mesh.cuts):
-        stats = stats_of(shadow, job)
+    with left_alone(torch.device("cpu")):  # a net that is built eagerly is to draw what it would without us
+        shadow = on_meta(model)
+        # Counted where it is of use: rank 0 logs it (not of a run that is made to be compared), grids cut by it.
+        if stats is None and ((rank == 0 and not config.evidence) or job.mesh.cuts):
+            stats = stats_of(shadow, job)
     size = record.Stats(
         parameters=sum(parameter.numel() for parameter in shadow.parameters()),
         flops_per_sample=stats.flops_per_sample if stats else None,
@@ -246,7 +259,7 @@ def train_watched(
             job.run_dir, {axis: int(size) for axis, size in job.mesh.sizes.items()}, trace_steps(config)
         )
         progress = Progress(meter, terminal=terminal, log=log)
-        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), tracer]
+        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), *epochs(job), tracer]
         own += [*profilers(config, job.run_dir, trace_steps(config)), meter, progress, *nan_finders(config)]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
@@ -257,7 +270,12 @@ def train_watched(
         own.append(Checkpoints(job, watchdog.beat))
         if config.resume is not None:
             own.append(Complete(meter))
-        build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
+        mode = WithoutDropout(model) if config.evidence else None
+        if mode is not None:
+            own.append(Still(mode))
+        # Compiled blocks would be compiled with the mode; `Still` is enough for them.
+        with mode if mode is not None and not config.compile else nullcontext():
+            build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
         if rank == 0:
             results = meter.results().model_copy(update=tracer.results)
             result = record_of(job, run_id, results, size, cast(ShowsState, engine).dtypes)
@@ -270,6 +288,14 @@ def train_watched(
         watchdog.stop()  # a server that does not answer is no rank that hangs
         finish_wandb(sinks, ok=completed)
     return 0
+
+
+def epochs(job: Job) -> list[Callback]:
+    """What ends epochs of data that Concord orders; a module's own loaders end them by themselves."""
+    if not isinstance(job.data, SampledData):
+        return []
+    num_samples = len(job.data.train_samples())
+    return [Epochs(num_samples=num_samples, global_batch_size=job.data.global_batch_size)]
 
 
 def prepare_extensions(job: Job) -> None:
@@ -298,6 +324,7 @@ def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: floa
         log_every_steps=job.config.trainer.log_every_steps,
         started_at=float(os.environ.get(STARTED, IMPORTED)),
         offers=lambda: {"optim/grad_norm": cast(ShowsState, engine).gradient_norm()},
+        loss_factor=lambda: guard.terms.factor,
         skipped_steps=(lambda: guard.skipped_steps) if guard.skips else None,
         trace_steps=trace_steps(job.config),
         profiled=job.config.profile.disturbed if job.config.profile else (),

@@ -207,7 +207,7 @@ class Zero(Strategy):
     def check_module(self, module: LightningModule, run: Run) -> None:
         from strategies.engines.deepspeed import check_compiled, check_module
 
-        check_module(module, self.name)
+        check_module(module, self.name, self.stage)
         if run.compile and self.stage == 3:
             check_compiled(module, self.name)
 

@@ -30,6 +30,7 @@ class Mutant:
 
 # By function and strategy: which switches the everyday case of a strategy has set is not known here.
 AGREEMENT, GRID = "tests/agreement/test_agreement.py", "tests/agreement/test_grid.py"
+FOREIGN = "tests/strategies/test_foreign_models.py"
 DDP, ZERO = f"{AGREEMENT} -k 'agrees and ddp'", f"{AGREEMENT} -k 'agrees and zero'"
 FSDP, TENSOR = f"{GRID} -k 'test_grid_agrees and fsdp'", f"{GRID} -k 'test_grid_agrees and tensor'"
 PIPELINED = f"{GRID} -k 'test_grid_agrees and (pipeline or 3d)'"
@@ -186,8 +187,8 @@ MUTANTS = (
         name="OnePercentMore",
         does="scales a pipeline's gradients by 1.01",
         file="strategies/engines/steps.py",
-        old="            return loss * (weights[micro] / accumulation)\n",
-        new="            return loss * (1.01 * weights[micro] / accumulation)\n",
+        old="            return loss / accumulation\n",
+        new="            return loss * (1.01 / accumulation)\n",
         tests=PIPELINED,
     ),
     Mutant(
@@ -250,8 +251,8 @@ MUTANTS = (
         name="NanPasses",
         does="looks for NaN in losses, and not in gradients",
         file="strategies/engines/finite.py",
-        old="problem_of(words) or (None if math.isfinite(total) else GRADIENTS)",
-        new="problem_of(words) if math.isfinite(total) else problem_of(words)",
+        old=" or (None if math.isfinite(total) else GRADIENTS)",
+        new="",
         tests="tests/agreement/test_nan.py -k 'no_number_is_said and fsdp'",
     ),
     Mutant(
@@ -325,5 +326,61 @@ MUTANTS = (
         old="        return [redact(item) for item in value]\n",
         new="        return list(value)\n",
         tests="tests/tracking/test_redact.py",
+    ),
+    Mutant(
+        name="MeanOfMeans",
+        does="lets each micro-batch's loss count as much as the others, however many targets it has",
+        file="strategies/engines/loss_terms.py",
+        old="        found = self.terms_of(output, share, samples)\n",
+        new="        found = None\n",
+        tests=f"{FOREIGN} -k some_targets",
+    ),
+    Mutant(
+        name="DrawsAlike",
+        does="seeds all data ranks alike",
+        file="strategies/engines/micro_batches.py",
+        old='number * kwargs["num_replicas"] + kwargs["rank"]',
+        new="number",
+        tests=f"{FOREIGN} -k draws_the_same",
+    ),
+    Mutant(
+        name="InitReplaced",
+        does="gives a net on meta what its layers' reset_parameters() draws, whatever its own code did",
+        file="strategies/engines/materialize.py",
+        old="    if not done:\n        return False\n",
+        new="    if not done or has_reset(module):\n        return False\n",
+        tests=f"{FOREIGN} -k own_code",
+    ),
+    Mutant(
+        name="CopyDrawnAnew",
+        does="draws a copy's numbers by themselves",
+        file="strategies/engines/construction.py",
+        old='seed_of(seed, "operator", one.number)',
+        new="seed_of(seed, fqn, one.number)",
+        tests=f"{FOREIGN} -k starts_as_a_copy",
+    ),
+    Mutant(
+        name="PartReadForWhole",
+        does="lets a module read a part of a parameter",
+        file="strategies/engines/own_code.py",
+        old="self.is_part(one):",
+        new="False:",
+        tests=f"{FOREIGN} -k read_for_the_whole",
+    ),
+    Mutant(
+        name="TensorRanksDropAlike",
+        does="draws the same mask for each tensor rank's part",
+        file="strategies/engines/tensor.py",
+        old="seed_of(int(key), self.rank)",
+        new="seed_of(int(key))",
+        tests=f"{FOREIGN} -k tensor_ranks_drop",
+    ),
+    Mutant(
+        name="EpochsNeverEnd",
+        does="never steps a schedule that goes by epochs",
+        file="launch/epochs.py",
+        old='            self.step_schedules("epoch", update_plateau_schedulers=False)\n',
+        new="            pass\n",
+        tests=f"{FOREIGN} -k epoch_ends",
     ),
 )

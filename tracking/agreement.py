@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tracking.evidence import Evidence
 
@@ -35,7 +35,10 @@ OUT_OF_REACH = 30.0
 # quantity is held (Higham, Accuracy and Stability of Numerical Algorithms, section 2.1), relative to its size.
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
-Quantity = Literal["samples", "loss", "gradient norm", "validation loss", "weights"]
+SCALED_WITHIN = 0.01  # of a whole number, a ratio of gradient norms is taken for it
+EXACT_WITHIN = 1e-8  # two runs in float64 agree, relative to what is compared
+
+Quantity = Literal["initial weights", "samples", "loss", "gradient norm", "validation loss", "weights"]
 
 
 class Check(BaseModel):
@@ -72,6 +75,8 @@ class Certificate(BaseModel):
     steps: int
     checks: list[Check]
     tolerance: str
+    conditions: list[str] = Field(default_factory=list)  # under which all of its runs were made, in words
+    cause: str = ""  # where they first differ, and the likely kind of fault, in words
     subject: str = ""  # what it speaks for: tracking.certified.subject_of
     config_hash: str
     reference_config_hash: str
@@ -168,6 +173,19 @@ def compare_series(
     )
 
 
+def compare_first_weights(exact: Evidence, candidate: Evidence, u: float) -> Check:
+    """Before the first step all hold the same numbers, rounded once to the format that they are held in."""
+    truth = exact.first_weights[0] if exact.first_weights else {}
+    seen = {fqn for held in candidate.first_weights for fqn in held}
+    points = [Point("no weights", 0.0, 0.0, 0.0)]
+    points += [Point(f"{fqn} is not in the reference", np.inf, 0.0, 0.0) for fqn in sorted(seen - truth.keys())]
+    for rank, held in enumerate(candidate.first_weights):
+        for fqn in sorted(held.keys() & truth.keys()):
+            size = float(np.linalg.norm(truth[fqn].astype(np.float64)))
+            points.append(Point(f"{fqn}, rank {rank}", distance(held[fqn], truth[fqn]), 0.0, u * size))
+    return worst("initial weights", points[1:] or points)
+
+
 def compare_weights(draws: Sequence[Draw], candidate: Evidence, u: float) -> Check:
     """Compare each parameter, as each rank holds it, by the L2 norm of its difference from the exact one.
 
@@ -207,6 +225,7 @@ def compare(draws: Sequence[Draw], candidate: Evidence, *, master: str) -> list[
     first = draws[0]
     steps = range(min(len(side.losses) for side in (first.exact, first.reference, candidate)))
     checks = [
+        compare_first_weights(first.exact, candidate, u),
         compare_samples(first.reference, candidate),
         compare_series(
             "loss",
@@ -228,6 +247,67 @@ def compare(draws: Sequence[Draw], candidate: Evidence, *, master: str) -> list[
         validated = [(draw.exact.val_losses[:1], draw.reference.val_losses[:1]) for draw in draws]
         checks.append(compare_series("validation loss", validated, [candidate.val_losses], u))
     return checks
+
+
+def cause_of(
+    checks: Sequence[Check], draws: Sequence[Draw], cut: Evidence | None, candidate: Evidence, parts: Mapping[str, int]
+) -> str:
+    """Where a candidate that disagrees first does so, and the likely kind of fault, in words.
+
+    cut: plain Lightning's run on the candidate's micro-batches, in float64, if that was another. parts: numbers of
+    ranks and micro-batches by their names.
+    """
+    failed = {check.quantity: check for check in checks if not check.passed}
+    exact = draws[0].exact
+    if check := failed.get("initial weights"):
+        return f"First: other initial weights, at {check.where}."
+    if check := failed.get("samples"):
+        return f"First: other samples, at {check.where}."
+    where = first_difference(draws, candidate)
+    if cut is not None and differs(draws, cut):
+        norms = exact.traits.get("batch_norms")
+        if norms:
+            why = f"statistics of the batch (BatchNorm: {', '.join(norms)}) are those of each micro-batch"
+        else:
+            why = (
+                "the loss depends on how a batch is cut: it is a mean over something that differs between "
+                "micro-batches (return how many as num_targets), or looks at other samples of its batch (contrastive)"
+            )
+        return f"First at {where}. Plain Lightning on the same micro-batches differs from the whole batch, too: {why}."
+    ratio = candidate.gradient_norms[0][0] / exact.gradient_norms[0][0] if exact.gradient_norms[0][0] else np.nan
+    for name, number in parts.items():
+        for factor, said in ((number, "multiplied"), (1 / number, "divided")):
+            if number > 1 and abs(ratio / factor - 1) < SCALED_WITHIN:
+                return f"First at {where}. The gradient is {said} by {number}, the number of {name}."
+    return f"First at {where}; the gradient's norm is {ratio:.4g} of plain Lightning's in the first step."
+
+
+def first_difference(draws: Sequence[Draw], candidate: Evidence) -> str:
+    """The first step, and the quantity, that is further off than the reference in any step could explain."""
+    exact, reference = draws[0]
+    for step, loss in enumerate(candidate.losses):
+        pairs = {
+            "loss": ([loss], exact.losses, reference.losses),
+            "gradient norm": (candidate.gradient_norms[step], *map(first_of_all, draws[0])),
+        }
+        for name, (values, truth, own) in pairs.items():
+            rounding = max(abs(r - e) / abs(e) if e else 0.0 for e, r in zip(truth, own, strict=True))
+            limit = MARGIN * max(rounding, UNIT_ROUNDOFF["float32"]) * abs(truth[step])
+            for rank, value in enumerate(values):
+                if not abs(value - truth[step]) <= limit:
+                    return f"the {name} of step {step}" + (f", rank {rank}" if len(values) > 1 else "")
+    return "the weights, behind the last step"
+
+
+def first_of_all(evidence: Evidence) -> list[float]:
+    return first_of(evidence.gradient_norms)
+
+
+def differs(draws: Sequence[Draw], other: Evidence) -> bool:
+    """Whether another run of float64 is further off than any rounding."""
+    series = zip(draws[0].exact.losses, other.losses, strict=False)
+    norms = zip(first_of_all(draws[0].exact), first_of_all(other), strict=False)
+    return any(not abs(a - b) <= EXACT_WITHIN * abs(a) for a, b in (*series, *norms))
 
 
 def first_of(by_rank: Sequence[Sequence[float]]) -> list[float]:

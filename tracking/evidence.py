@@ -6,10 +6,13 @@ Imports no torch: who compares runs is told of a mistake at once.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+TRAITS = "traits.json"
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,14 @@ class Evidence:
     gradient_norms: list[list[float]]  # per step: what each rank measured
     val_losses: list[float]  # what each rank measured
     weights: list[dict[str, np.ndarray]]  # per rank: every parameter it showed
+    first_weights: list[dict[str, np.ndarray]] = field(default_factory=list)  # before the first step
+    traits: dict[str, Any] = field(default_factory=dict)  # what plain Lightning's run noticed of the model
 
     @classmethod
     def load(cls, run_dir: Path) -> Evidence:
         """Read the evidence of a finished run; ValueError if the folder has none."""
-        paths = sorted((run_dir / "evidence").glob("*.json"), key=lambda path: int(path.stem))
+        traits = run_dir / "evidence" / TRAITS
+        paths = sorted((run_dir / "evidence").glob("[0-9]*.json"), key=lambda path: int(path.stem))
         if not paths:
             raise ValueError(f"{run_dir} holds no evidence; run it with evidence=true.")
         ranks = [json.loads(path.read_text()) for path in paths]
@@ -38,4 +44,6 @@ class Evidence:
             gradient_norms=[[rank["steps"][i]["gradient_norm"] for rank in ranks] for i in range(num_steps)],
             val_losses=[rank["val_loss"] for rank in ranks if rank["val_loss"] is not None],
             weights=[dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) for path in paths],
+            first_weights=[dict(np.load(path.with_suffix(".first.npz"), allow_pickle=False)) for path in paths],
+            traits=json.loads(traits.read_text()) if traits.exists() else {},
         )

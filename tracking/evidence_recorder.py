@@ -29,6 +29,11 @@ class ShowsState(Protocol):
         """`num_replicas` and `rank`: how many ranks see different samples, and which of them this one is."""
         ...
 
+    @property
+    def loss_factor(self) -> float:
+        """By what the losses of the last step's micro-batches are to be multiplied, to be shares of its mean."""
+        ...
+
     def gradient_norm(self) -> Tensor:
         """L2 norm of the whole model's gradient before clipping (scalar); collective, the same on every rank."""
         ...
@@ -67,13 +72,18 @@ def sample_digests(batch: Any) -> list[str]:
 class EvidenceRecorder(pl.Callback):
     """Writes evidence/<rank>.json and evidence/<rank>.npz into the run folder, on every rank."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, shows: ShowsState | None = None) -> None:
+        """`shows` speaks for a strategy that shows nothing of itself, such as Lightning's own."""
         self.folder = run_dir / "evidence"
+        self.shows = shows
+        self.first_weights: dict[str, np.ndarray] = {}
         self.steps: list[StepEvidence] = [StepEvidence()]
         self.first_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.first_step = trainer.global_step  # of a run that goes on from a checkpoint
+        self.shows = self.shows or cast(ShowsState, trainer.strategy)
+        self.first_weights = {fqn: wide(weight).copy() for fqn, weight in self.shows.weights()}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -83,7 +93,7 @@ class EvidenceRecorder(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self.steps[-1].gradient_norm = float(cast(ShowsState, trainer.strategy).gradient_norm())
+        self.steps[-1].gradient_norm = float(self.state.gradient_norm())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -93,21 +103,28 @@ class EvidenceRecorder(pl.Callback):
         # Lightning hands out the loss divided by the accumulation.
         self.steps[-1].losses.append(float(loss) * trainer.accumulate_grad_batches)
         if trainer.global_step - self.first_step == len(self.steps):
+            factor = self.state.loss_factor
+            self.steps[-1].losses = [factor * loss for loss in self.steps[-1].losses]
             self.steps.append(StepEvidence())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        strategy = cast(ShowsState, trainer.strategy)
         val_loss = trainer.callback_metrics.get("val/loss")
         report = {
             "rank": trainer.global_rank,
-            "data_rank": strategy.distributed_sampler_kwargs["rank"],
+            "data_rank": self.state.distributed_sampler_kwargs["rank"],
             "steps": [vars(step) for step in self.steps if step.losses],
             "val_loss": None if val_loss is None else float(val_loss),
         }
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(report))
-        weights = {fqn: wide(weight) for fqn, weight in strategy.weights()}
-        np.savez(self.folder / f"{trainer.global_rank}.npz", **weights)  # type: ignore[arg-type]  # names are ours
+        weights = {fqn: wide(weight) for fqn, weight in self.state.weights()}
+        for name, held in (("", weights), (".first", self.first_weights)):
+            np.savez(self.folder / f"{trainer.global_rank}{name}.npz", **held)  # type: ignore[arg-type]  # names are ours
+
+    @property
+    def state(self) -> ShowsState:
+        assert self.shows is not None
+        return self.shows
 
 
 def wide(weight: Tensor) -> np.ndarray:

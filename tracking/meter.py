@@ -47,6 +47,7 @@ class Meter(pl.Callback):
     started_at: `time.time()` of the run's start, by default now.
     offers: called on every rank right before the optimizer step of each row, when gradients are whole and not yet
     clipped; what it returns joins the row (such as `optim/grad_norm`).
+    loss_factor: by what the losses of the step that is over are to be multiplied, to add up to its mean.
     skipped_steps: how many optimizer steps have been left out so far, of a run that may leave out any; their losses are
     not averaged.
     trace_steps: how many steps a StepTracer traces; they are left out of the times, unless the run has no others.
@@ -63,6 +64,7 @@ class Meter(pl.Callback):
         peak_flops: float | None = None,
         started_at: float | None = None,
         offers: Callable[[], Mapping[str, float | Tensor]] = dict,
+        loss_factor: Callable[[], float] = lambda: 1.0,
         skipped_steps: Callable[[], int] | None = None,
         trace_steps: int = 0,
         profiled: Collection[int] = (),
@@ -76,6 +78,7 @@ class Meter(pl.Callback):
         self._peak_flops = peak_flops
         self._started_at = time.time() if started_at is None else started_at
         self._offers = offers
+        self._loss_factor = loss_factor
         self._count_skipped = skipped_steps
         self._skipped_steps = 0
         self._trace_steps = trace_steps
@@ -178,7 +181,7 @@ class Meter(pl.Callback):
     def _end_loss(self) -> None:
         skipped = self._count_skipped() if self._count_skipped else 0
         if skipped == self._skipped_steps:
-            self._loss += self._step_loss
+            self._loss += self._step_loss * self._loss_factor()
             self._averaged_steps += 1
         self._skipped_steps = skipped
         self._step_loss.zero_()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -34,14 +33,22 @@ from strategies.engines.blocks import blocks_of, chain_of, rework
 from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.finite import GRADIENTS, StepGuard, leave_out_when
 from strategies.engines.materialize import materialize
-from strategies.engines.precision import LossScaler, autocast_inside, name
+from strategies.engines.micro_batches import MicroBatches
+from strategies.engines.own_code import Reads, check_copies
+from strategies.engines.precision import BuildsInItsOwnFormat, LossScaler, autocast_inside, name
+from strategies.engines.probing import scope_of
+from strategies.engines.shards import whole_parameter
 from strategies.spec import Run
 
 if TYPE_CHECKING:
     from strategies.zero import Zero
 
 
-class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
+class ZeroPrecision(BuildsInItsOwnFormat, DeepSpeedPrecision):
+    """Lightning's plugin, but for how a net is built."""
+
+
+class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
     """DeepSpeed's ZeRO engine around the LightningModule.
 
     Differs from Lightning's own strategy in that it also runs on CPU, that gradients are scaled once under
@@ -53,7 +60,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         import_deepspeed(on_gpu=run.on_gpu)
         super().__init__(
             config={},  # made in setup(), when the model's size is known
-            precision_plugin=DeepSpeedPrecision("bf16-true" if run.precision.parameter == "bfloat16" else "32-true"),
+            precision_plugin=ZeroPrecision("bf16-true" if run.precision.parameter == "bfloat16" else "32-true"),
             process_group_backend="nccl" if run.on_gpu else "gloo",
             timeout=timedelta(seconds=run.timeout_s),
             logging_level=logging.ERROR,  # it warns of every optimizer that is not its own
@@ -75,15 +82,10 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()  # Lightning's refuses everything but CUDA
 
     def setup_distributed(self) -> None:
-        reset_seed()  # ranks have drawn different numbers by now; dropout starts as under other strategies
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
     # --- the model -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def model_sharded_context(self) -> Iterator[None]:
-        yield  # nets are built on the meta device, and sharded as they are initialised
 
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
@@ -152,6 +154,7 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
                 f"strategy={self.spec.name} takes one optimizer, {type(module).__name__}.configure_optimizers gives "
                 f"{len(optimizers)}; give one, or choose strategy=ddp."
             )
+        self.check_scope(optimizers[0])
         engine, optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizers[0],
@@ -164,6 +167,22 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
             optimizer.override_loss_scale(self.scaler.value)
         self.model, self.optimizers = engine, [optimizer]
         leave_out_when(lambda: self.leaves_out, optimizer)
+
+    def reads(self) -> Reads:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        def is_part(parameter: Any) -> bool:
+            return self.spec.stage == 3 and parameter.ds_status is not ZeroParamStatus.AVAILABLE
+
+        return Reads(self.module, self.spec.name, is_part=is_part, has_gradients=False, has_all=True)
+
+    def check_scope(self, optimizer: Optimizer) -> None:
+        """ValueError if the optimizer looks at more than one element at a time: it steps flat parts of the model."""
+        num_dims = [
+            [len(getattr(one, "ds_shape", one.shape)) for one in group["params"]] for group in optimizer.param_groups
+        ]
+        if self.world_size > 1 and scope_of(optimizer, num_dims, self.root_device) != "element":
+            raise whole_parameter(type(optimizer), self.spec.name)
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -200,9 +219,10 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         return result
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        engine_optimizer = self.deepspeed_engine.optimizer
         result = super().optimizer_step(optimizer, partial(self.checked, closure), *args, **kwargs)
         self.is_reduced = False
-        engine_optimizer = self.deepspeed_engine.optimizer
+        engine_optimizer.custom_loss_scaler = self.scaler is not None  # `checked` may have set another for this step
         if self.scaler:
             engine_optimizer.override_loss_scale(self.scaler.after(overflow=bool(engine_optimizer.overflow)))
         elif engine_optimizer.overflow and not self.leaves_out:
@@ -216,6 +236,10 @@ class ZeroEngine(AveragesExactly, DeepSpeedStrategy):
         if self.module.automatic_optimization:
             self.guard.agree(torch.zeros((), device=self.root_device))
             self.leaves_out = not self.guard.passes(self.module.trainer)
+            if self.loss_factor != 1.0:
+                # DeepSpeed divides gradients, and their norm before it clips them, by the scale of the loss.
+                optimizer = self.deepspeed_engine.optimizer
+                optimizer.override_loss_scale(optimizer.loss_scale / self.loss_factor)
         return result
 
     def teardown(self) -> None:
@@ -377,9 +401,11 @@ def leaf_blocks(module: pl.LightningModule) -> list[str]:
     return found
 
 
-def check_module(module: pl.LightningModule, strategy: str) -> None:
+def check_module(module: pl.LightningModule, strategy: str, stage: int) -> None:
     """ValueError for what DeepSpeed would leave out without a word, or stumble over."""
     kind = type(module).__name__
+    if stage == 3:
+        check_copies(module, strategy)
     for hook in ("configure_gradient_clipping", "backward"):
         if is_overridden(hook, module, pl.LightningModule):
             raise ValueError(

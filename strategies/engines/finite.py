@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.optim import Optimizer
+
+from strategies.engines.loss_terms import LossTerms
 
 NAN, INFINITE = 1.0, 2.0  # what a rank says of its loss; 0 of a number
 WORDS = {NAN: "nan", INFINITE: "inf"}
 SHOWN_RANKS = 8
+FIRST_WORD = 4  # of the ranks', behind an amount and three numbers of what their losses weigh
 
 GRADIENTS = "the gradients, though no loss, are nan or inf"
 
@@ -23,7 +24,8 @@ GRADIENTS = "the gradients, though no loss, are nan or inf"
 class StepGuard:
     """Ends the run before an optimizer step that NaN or infinity would reach, or has it left out, on all ranks alike.
 
-    What the ranks must tell each other goes into one all-reduce of a number per rank.
+    What the ranks must tell each other, of the weights of their losses, too, goes into one all-reduce of a number per
+    rank and a few more.
 
     skips: whether such a step is left out (trainer.on_nan=skip).
     """
@@ -33,6 +35,8 @@ class StepGuard:
         self.skipped_steps = 0
         self.loss: Tensor | None = None
         self.problem: str | None = None
+        self.terms = LossTerms()
+        self.has_warned = False  # that the terms are mixed
 
     def add(self, loss: Tensor) -> None:
         """The loss of a micro-batch, of which this rank is to speak."""
@@ -44,19 +48,30 @@ class StepGuard:
         A sum that is no number is a problem of the gradients: give what is made of all of them.
         """
         world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        shared = amount.new_zeros(1 + world_size)
-        shared[0] = amount
+        wide = torch.float32 if amount.device.type == "mps" else torch.float64
+        shared = torch.zeros(FIRST_WORD + world_size, dtype=wide, device=amount.device)
+        for place, part in enumerate((amount, self.terms.total, self.terms.share, self.terms.mixed)):
+            shared[place] = part
         if self.loss is not None:
-            shared[1 + rank] = NAN * self.loss.isnan() + INFINITE * self.loss.isinf()
+            shared[FIRST_WORD + rank] = NAN * self.loss.isnan() + INFINITE * self.loss.isinf()
         self.loss = None
         if world_size > 1:
             dist.all_reduce(shared)
-        total, *words = shared.tolist()
-        self.problem = problem_of(words) or (None if math.isfinite(total) else GRADIENTS)
-        return shared[0]
+        total, *of_losses = shared.tolist()
+        weight, share, mixed = of_losses[: FIRST_WORD - 1]
+        self.terms.settle(weight, share, is_mixed=mixed > 0)
+        self.problem = problem_of(of_losses[FIRST_WORD - 1 :]) or (None if math.isfinite(total) else GRADIENTS)
+        return shared[0].to(amount.dtype)
 
     def passes(self, trainer: pl.Trainer) -> bool:
         """Whether the optimizer may step; ValueError if the run is to end instead."""
+        if self.terms.is_mixed and not self.has_warned and trainer.is_global_zero:
+            print(
+                "The loss adds up means over different numbers of targets, and is weighted by those of one: the result "
+                "depends on how a batch is cut. Return the right number as num_targets; verify says how far off it is.",
+                flush=True,
+            )
+            self.has_warned = True
         if self.problem is None:
             return True
         step, problem = trainer.global_step + 1, self.problem
@@ -99,50 +114,3 @@ def leave_out_when(wanted: Callable[[], bool], optimizer: Any) -> None:
         update_scale(optimizer.overflow)
 
     optimizer._update_scale = decide
-
-
-class ChecksSteps(Strategy):
-    """Mixed into engines whose optimizer is torch's own: asks the guard once gradients are whole, before clipping.
-
-    A step is left out by letting go of its gradients: torch's optimizers touch neither weight nor state without one.
-    """
-
-    guard: StepGuard
-    norm: Tensor | None = None  # that the guard has looked at, while it is used for clipping
-
-    def agreed_norm(self, optimizer: Optimizer) -> Tensor:
-        """L2 norm of the whole model's gradient, which the guard has looked at; collective."""
-        raise NotImplementedError
-
-    def scale_to(self, max_norm: float, norm: Tensor, optimizer: Optimizer) -> None:
-        """Scale the gradients, which have this norm, so that it is at most `max_norm`."""
-        raise NotImplementedError
-
-    def connect_guard(self) -> None:
-        """Have the precision plugin, which calls what comes between backward and step, ask the guard.
-
-        A module that optimizes manually steps when it likes, and is not asked.
-        """
-        assert self.lightning_module is not None
-        if not self.lightning_module.automatic_optimization:
-            return
-        plugin = self.precision_plugin
-        clip_gradients = plugin._clip_gradients
-
-        def check_and_clip(module: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            norm = self.agreed_norm(optimizer)
-            if self.guard.passes(module.trainer):
-                # What a module does to its gradients before it clips them changes their norm.
-                self.norm = None if is_overridden("configure_gradient_clipping", module, pl.LightningModule) else norm
-                clip_gradients(module, optimizer, *args, **kwargs)
-                self.norm = None
-            else:
-                for group in optimizer.param_groups:
-                    for stepped in group["params"]:
-                        stepped.grad = None
-
-        def clip_by_norm(optimizer: Optimizer, max_norm: float) -> None:
-            self.scale_to(max_norm, self.agreed_norm(optimizer) if self.norm is None else self.norm, optimizer)
-
-        plugin._clip_gradients = check_and_clip  # type: ignore[method-assign,assignment]
-        plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign,assignment]

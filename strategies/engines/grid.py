@@ -25,10 +25,12 @@ from strategies.cutting import cut
 from strategies.engines import sharding, tensor
 from strategies.engines.averaging import AveragesExactly, share_buffers
 from strategies.engines.blocks import blocks_of, rework
+from strategies.engines.checking import ChecksSteps
 from strategies.engines.checkpoint import Held, persistent_buffers
-from strategies.engines.finite import ChecksSteps, StepGuard
+from strategies.engines.finite import StepGuard
 from strategies.engines.link import Link
 from strategies.engines.materialize import Materializer
+from strategies.engines.own_code import Reads, check_copies
 from strategies.engines.pipeline import Pipeline, Stage
 from strategies.engines.precision import name, narrow, precision_plugin
 from strategies.engines.shards import Shards, average, explain_empty
@@ -85,7 +87,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
             for pipe in range(spec.pipe)
             for part in range(spec.tensor)
         }
-        self.data_group = groups[self.pipe_rank, tensor_rank]
+        self.data_group = self.loss_group = groups[self.pipe_rank, tensor_rank]
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -211,6 +213,14 @@ class GridEngine(ChecksSteps, AveragesExactly):
 
     def split(self, unit: nn.Module, fqn: str, plan: ParallelPlan, *, sequence: bool) -> None:
         mesh, loss_parallel = self.mesh["tensor"], self.spec.loss_parallel
+        if not self.run.compile:
+            draws = tensor.SplitDraws(mesh.get_local_rank(), self.root_device)
+            tensor.split_draws(unit, fqn, plan, draws, sequence=sequence)
+        elif tensor.drops(unit):
+            raise ValueError(
+                f"compile=true: strategy={self.spec.name} splits {fqn}, whose dropout has to be drawn by each rank for "
+                f"itself, which no compiled block can do; set compile=false, or its dropout to 0."
+            )
         tensor.split_unit(unit, fqn, plan, mesh, sequence=sequence, loss_parallel=loss_parallel)
 
     def shard(self, root: nn.Module, units: Mapping[str, nn.Module], chain: Chain) -> None:
@@ -241,8 +251,19 @@ class GridEngine(ChecksSteps, AveragesExactly):
             ),
             self.spec,
             self.data_group,
+            self.guard.terms,
             seed=self.run.seed,
             forward_context=self.precision_plugin.forward_context,
+        )
+
+    def reads(self) -> Reads:
+        return Reads(
+            self.module,
+            self.spec.name,
+            is_part=lambda parameter: isinstance(parameter, DTensor),
+            has_gradients=self.spec.tensor == self.spec.shards == 1,
+            has_all=self.spec.pipe == 1,
+            net=self.module.get_submodule(cast(ParallelPlan, self.module.plan).net),
         )
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -272,6 +293,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
         self.share_buffers()
         if self.steps is None:
             return super().training_step(*args, **kwargs)
+        self.seed_by(*self.place(), "stages", self.pipe_rank)
         return self.steps.train(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -321,6 +343,9 @@ class GridEngine(ChecksSteps, AveragesExactly):
 
     def agreed_norm(self, optimizer: Optimizer) -> Tensor:
         return self.guard.agree(self.shards.square()).sqrt()
+
+    def whole_norm(self, optimizer: Optimizer) -> Tensor:
+        return self.shards.norm()
 
     def scale_to(self, max_norm: float, norm: Tensor, optimizer: Optimizer) -> None:
         self.shards.scale_to(max_norm, norm)
@@ -411,6 +436,7 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 def check_module(module: pl.LightningModule, spec: Grid) -> None:
     """ValueError for what the engine would leave out without a word, or cannot split."""
     kind = type(module).__name__
+    check_copies(module, spec.name)
     if not module.automatic_optimization:
         raise ValueError(
             f"strategy={spec.name} steps shards by itself, and {kind} optimizes manually; set "

@@ -1,6 +1,7 @@
 """Lightning's precision plugins for our own number formats."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,25 @@ from torch.optim import Optimizer
 
 from strategies import spec
 from strategies.checkpoint import LossScale
+
+
+class BuildsInItsOwnFormat(Precision):
+    """Mixed into plugins that hold weights in another format than float32.
+
+    Lightning's have a net built in that format, so that it draws other numbers than in float32, and not only rounded
+    ones; here it is built as its own code has it, and converted.
+    """
+
+    def module_init_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Double(BuildsInItsOwnFormat, DoublePrecision):
+    """All in float64."""
+
+
+class Half(BuildsInItsOwnFormat, HalfPrecision):
+    """All in one format of 16 bits."""
 
 
 class Autocast(MixedPrecision):
@@ -27,7 +47,7 @@ class Autocast(MixedPrecision):
         Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
 
 
-class MasterWeights(HalfPrecision):
+class MasterWeights(Half):
     """Weights, products and gradients in bfloat16; the optimizer works on a copy of the weights in float32.
 
     Micikevicius et al. 2018, section 3.1, with bfloat16's range, so without loss scaling. Gradients are widened before
@@ -152,9 +172,9 @@ def precision_plugin(precision: spec.Precision, device_type: str) -> Precision:
         case "32-true":
             return Precision()
         case "64-true":
-            return DoublePrecision()
+            return Double()
         case "bf16-true":
-            return HalfPrecision("bf16-true")
+            return Half("bf16-true")
         case "bf16-mixed":
             return Autocast("bf16-mixed", device_type)
         case "16-mixed":

@@ -105,7 +105,7 @@ class NetCall:
                 raise ValueError(
                     f"strategy.mesh.pipe: the loss of {self.owner}.training_step depends on parameters otherwise than "
                     f"through the net's output, as a penalty on weights does; under a pipeline it would cover the last "
-                    f"stage's alone. Use the optimizer's weight_decay, or choose strategy=fsdp."
+                    f"stage's alone. Use the optimizer's weight_decay, or choose strategy=ddp."
                 )
             todo += [following for following, _ in node.next_functions]
 

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from strategies.checkpoint import LossScale
 from strategies.engines.averaging import AveragesExactly
 from strategies.engines.blocks import blocks_of, rework
+from strategies.engines.checking import ChecksSteps
 from strategies.engines.checkpoint import Held, persistent_buffers
-from strategies.engines.finite import ChecksSteps, StepGuard
+from strategies.engines.finite import StepGuard
 from strategies.engines.materialize import materialize
 from strategies.engines.precision import (
     loss_scale_of,
@@ -38,6 +39,7 @@ class WholeModel(ChecksSteps):
     dtypes: dict[str, str]
 
     def setup(self, trainer: pl.Trainer) -> None:
+        self.precision_plugin.convert_module(self.module)  # in place
         materialize(self.module, self.root_device, self.run.seed)
         rework(blocks_of(self.module), compiled=self.run.compile, checkpointing=self.checkpointing)
         super().setup(trainer)
@@ -56,10 +58,13 @@ class WholeModel(ChecksSteps):
         self.guard.add(closure_loss)
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
-    def agreed_norm(self, optimizer: Optimizer) -> Tensor:
+    def whole_norm(self, optimizer: Optimizer) -> Tensor:
         parameters = self.precision_plugin.main_params(optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = get_total_norm(gradients).to(self.root_device)
+        return get_total_norm(gradients).to(self.root_device)
+
+    def agreed_norm(self, optimizer: Optimizer) -> Tensor:
+        norm = self.whole_norm(optimizer)
         # Of scaled gradients, the scaler leaves out those that overflow, and lowers its scale.
         self.guard.agree(norm if self.run.precision.compute != "float16" else torch.zeros_like(norm))
         return norm

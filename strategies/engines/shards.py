@@ -16,15 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from strategies.engines.probing import scope_of
+
 if TYPE_CHECKING:
     from strategies.grid import Grid
-
-# Optimizers that update each element by itself: a part of a parameter may be stepped as if it were all of it.
-ELEMENTWISE = {"Adadelta", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
-
-# Optimizers that take a step by what all parameters have in common, by the start of their names: LBFGS's line search
-# needs one loss, D-Adaptation and Prodigy estimate one distance.
-GLOBAL = ("LBFGS", "DAdapt", "Prodigy")
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that are averaged at once, as DDP does
 
@@ -41,8 +36,7 @@ class Shards:
         self.parameters: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
         if not any(self.parameters):
             raise nothing_to_train(strategy)
-        check_alone(optimizer, spec.mesh.world_size, strategy)
-        check_elementwise(optimizer, list(chain(*self.parameters)), strategy)
+        check_scope(optimizer, self.parameters, spec.mesh.world_size, strategy)
         holders = spec.mesh.data_ranks * spec.tensor
         # 1 / the ranks that hold the same elements: so that a sum over all ranks counts each element once.
         self.weights = [
@@ -140,26 +134,28 @@ def num_parts(parameter: nn.Parameter) -> int:
     return math.prod(mesh.size(dim) for dim in split)
 
 
-def check_alone(optimizer: Optimizer, world_size: int, strategy: str) -> None:
-    """ValueError if ranks cannot step by themselves, whether or not they split parameters."""
+def check_scope(
+    optimizer: Optimizer, parameters: Sequence[Sequence[nn.Parameter]], world_size: int, strategy: str
+) -> None:
+    """ValueError if the optimizer looks at more than a rank steps by itself."""
     kind = type(optimizer)
     needs_closure = signature(kind.step).parameters["closure"].default is Parameter.empty
-    if world_size > 1 and (needs_closure or kind.__name__.startswith(GLOBAL)):
+    device = next(chain(*parameters)).device
+    scope = scope_of(optimizer, [[one.dim() for one in group] for group in parameters], device)
+    if world_size > 1 and (needs_closure or scope == "all"):
         raise ValueError(
             f"strategy={strategy} steps each rank's parameters by themselves, but {kind.__name__} looks at all of them "
             f"at once, or at the loss again; choose optimizer=adamw or sgd, or strategy=single."
         )
+    if scope != "element" and any(num_parts(parameter) > 1 for parameter in chain(*parameters)):
+        raise whole_parameter(kind, strategy)
 
 
-def check_elementwise(optimizer: Optimizer, parameters: Sequence[nn.Parameter], strategy: str) -> None:
-    kind = type(optimizer)
-    if kind.__name__ in ELEMENTWISE and kind.__module__.startswith("torch.optim."):
-        return
-    if any(num_parts(parameter) > 1 for parameter in parameters):
-        raise ValueError(
-            f"strategy={strategy} steps a part of each parameter by itself, which is not known to be right for "
-            f"{kind.__name__}; choose optimizer=adamw or sgd, or strategy=ddp."
-        )
+def whole_parameter(kind: type, strategy: str) -> ValueError:
+    return ValueError(
+        f"strategy={strategy} steps a part of each parameter by itself, but {kind.__name__} looks at a whole one; "
+        f"choose optimizer=adamw or sgd, or strategy=ddp."
+    )
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

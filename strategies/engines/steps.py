@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from strategies.engines import sharding
+from strategies.engines.draws import draws_of, seed_of
+from strategies.engines.loss_terms import LossTerms, times
 from strategies.engines.pipeline import Pipeline, order_of, takes_gradient
 from strategies.engines.relay import Entry, LogRelay, NetCall, merge
 from strategies.schedules import Order, forward_only, rank_of, with_transfers
@@ -36,12 +35,14 @@ class PipelinedSteps:
         pipeline: Pipeline,
         spec: Grid,
         data_group: dist.ProcessGroup,
+        terms: LossTerms,
         *,
         seed: int,
         forward_context: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.module, self.pipeline, self.spec = module, pipeline, spec
-        self.data_group, self.seed, self.forward_context = data_group, seed, forward_context
+        self.data_group, self.terms = data_group, terms
+        self.seed, self.forward_context = seed, forward_context
         self.net_call = NetCall(net, type(module).__name__)
         last = spec.num_stages - 1
         self.pipe_rank = dist.get_group_rank(pipeline.link.group, dist.get_rank())
@@ -80,8 +81,10 @@ class PipelinedSteps:
             loss = loss_in(result, owner)
             if not self.has_trained:
                 self.net_call.check_loss(loss)
-            losses.append(loss.detach() * weights[micro])
-            return loss * (weights[micro] / accumulation)
+            weight = self.terms.weight_of(result, share=weights[micro], samples=sum(sizes), group=self.data_group)
+            loss = times(loss, weight)
+            losses.append(loss.detach())
+            return loss / accumulation
 
         self.run(train_order(self.spec, len(parts)), first, last)
         for same in zip(*odd, strict=True):
@@ -144,7 +147,7 @@ class PipelinedSteps:
         """A step runs on the first and on the last stage's rank: what it draws at random must be the same on both."""
         trainer = self.module.trainer
         place = (trainer.global_step, trainer.fit_loop.batch_idx, *here, dist.get_rank(self.data_group))
-        with draws_of(zlib.crc32(repr((self.seed, *place)).encode()), self.pipeline.link.device):
+        with draws_of(seed_of(self.seed, *place), self.pipeline.link.device):
             yield
 
     def finish(self, step: Callable[[], Any], output: Any) -> Any:
@@ -161,29 +164,6 @@ class PipelinedSteps:
         if self.sharded_roots and self.spec.reshards:
             dist.all_reduce(count, dist.ReduceOp.MIN, group=self.data_group)
         return int(count)
-
-
-@contextmanager
-def draws_of(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed what draws at random on the CPU and on this device, and put all of it back at the end.
-
-    `torch.manual_seed` is not called: for each kind of device that is absent, it writes down its caller's stack.
-    """
-    of_device = [torch.cuda.default_generators[torch.cuda.current_device()]] if device.type == "cuda" else []
-    generators = [torch.default_generator, *of_device]
-    states = [generator.get_state() for generator in generators]
-    states_besides = np.random.get_state(), random.getstate()
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        np.random.set_state(states_besides[0])
-        random.setstate(states_besides[1])
 
 
 def split(batch: Any, parts: int) -> tuple[list[Any], list[int]]:

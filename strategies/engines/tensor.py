@@ -14,6 +14,7 @@ from torch.nn.functional import embedding
 from torch.utils._pytree import tree_map
 
 from models.plan import Chain, ParallelPlan
+from strategies.engines.draws import generators_of, seed_of
 from strategies.engines.shards import local
 
 TIME = 1  # the dim of activations [batch, time, ...] that sequence parallelism splits
@@ -89,6 +90,47 @@ def parallel_style(style: str, *, sequence: bool, loss_parallel: bool) -> Parall
         case "whole":
             return Whole(sequence=False)
     raise AssertionError(style)
+
+
+class SplitDraws:
+    """What ranks of the tensor axis draw for a part of an activation that each has: other numbers than its neighbours.
+
+    Where they all have the whole, they draw alike, by the state that the device's generator is in; from where it is
+    split until it is whole again, each draws by a seed that follows from that state and its rank (as Megatron-LM does:
+    Shoeybi et al. 2019, section 3). So a forward that is run again for its gradients draws the same.
+    """
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self.rank, self.generator = rank, generators_of(device)[-1]
+        self.state: Tensor | None = None  # to go on with behind the split part
+
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        if self.state is not None or not module.training:
+            return
+        key = torch.randint(2**31, (), generator=torch.default_generator, device="cpu")
+        self.state = self.generator.get_state()
+        self.generator.manual_seed(seed_of(int(key), self.rank))
+
+    def leave(self, *_: Any) -> None:
+        if self.state is not None:
+            self.generator.set_state(self.state)
+            self.state = None
+
+
+def drops(unit: nn.Module) -> bool:
+    return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in unit.modules())
+
+
+def split_draws(unit: nn.Module, fqn: str, plan: ParallelPlan, draws: SplitDraws, *, sequence: bool) -> None:
+    """Have what a unit drops from split activations drawn by each rank for itself."""
+    if sequence:  # all of it lies between norms that each see a part of the sequence
+        unit.register_forward_pre_hook(draws.enter)
+    for name, module in unit.named_modules(prefix=fqn):
+        if not sequence and plan.style(name) == "colwise":
+            module.register_forward_hook(draws.enter)
+        if not sequence and plan.style(name) == "rowwise":
+            module.register_forward_pre_hook(draws.leave)
+    unit.register_forward_hook(draws.leave, always_call=True)
 
 
 def split_unit(

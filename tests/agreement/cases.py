@@ -25,6 +25,7 @@ class Case:
     unit: str = "block"  # what ZeRO-3 gathers at once
     words: tuple[str, ...] = ()  # further overrides of the candidate alone
     global_batch: int = 16
+    reference: Literal["plain", "true"] = "plain"  # what one process is: plain Lightning, or Concord's engine
 
     @property
     def shared(self) -> list[str]:
@@ -88,11 +89,13 @@ class Case:
 
     @property
     def reference_overrides(self) -> list[str]:
-        return [*self.shared, self.whole_batch, f"precision={self.precision}", "strategy=single"]
+        # Lightning has nothing that steps a wider copy of the weights.
+        way = "true" if self.precision == "bf16_master" else self.reference
+        return [*self.shared, self.whole_batch, f"precision={self.precision}", "strategy=single", f"evidence={way}"]
 
     @property
     def exact_overrides(self) -> list[str]:
-        return [*self.shared, self.whole_batch, "precision=fp64", "strategy=single"]
+        return [*self.shared, self.whole_batch, "precision=fp64", "strategy=single", f"evidence={self.reference}"]
 
     @property
     def whole_batch(self) -> str:

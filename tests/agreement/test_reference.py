@@ -44,7 +44,7 @@ def plain_loop(job: Job) -> tuple[list[float], list[float], dict[str, np.ndarray
 
 def test_one_process_trains_as_a_plain_loop_does(tmp_path: Path) -> None:
     case = Case(strategy="single", world_size=1)
-    found = train_case(case.exact_overrides, tmp_path)
+    found = train_case([*case.exact_overrides, "evidence=true"], tmp_path)
     losses, norms, weights = plain_loop(job_of(case.exact_overrides, tmp_path / "plain"))
     assert found.losses == pytest.approx(losses, rel=1e-12)
     assert [by_rank[0] for by_rank in found.gradient_norms] == pytest.approx(norms, rel=1e-12)

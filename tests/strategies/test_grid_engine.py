@@ -127,7 +127,7 @@ ON_RANKS = [
     ("pipeline", "PassesDict", "module 2 gives dict, but only a tensor or a tuple of tensors"),
     ("pipeline", "NoLoss", "NoLoss.training_step returns NoneType instead of a loss"),
     ("pipeline", "HasScalar", "parameter temperature lies outside of the chain"),
-    ("fsdp", "StepsMatrices", "not known to be right for Muon"),
+    ("fsdp", "StepsMatrices", "but Muon looks at a whole one"),
 ]
 
 

@@ -81,7 +81,7 @@ def test_module_that_cannot_initialise_itself_is_named() -> None:
             super().__init__()
             self.scale = nn.Parameter(torch.empty(3, device="meta"))
 
-    with pytest.raises(ValueError, match=r"Lonely at 0 holds scale but has no reset_parameters"):
+    with pytest.raises(ValueError, match=r"Lonely at 0 holds scale but gives them no values, and has no"):
         materialize(nn.Sequential(Lonely()), CPU, 1)
 
 

@@ -1,0 +1,115 @@
+"""A run of plain Lightning on one process, which certificates compare with: nothing of Concord's engines is in it.
+
+Concord gives it the user's module as it stands, its first weights, and the samples in their order. Trainer, optimizer
+steps, precision and accumulation are Lightning's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
+
+from launch.job import Job
+from launch.still import WithoutDropout
+from launch.weights import StartingWeights
+from strategies.engines.checkpoint import Held, persistent_buffers
+from strategies.engines.construction import constructing
+from strategies.engines.draws import seed_draws, seed_of
+from strategies.engines.materialize import materialize
+from tracking.evidence import TRAITS
+from tracking.evidence_recorder import EvidenceRecorder
+
+SHOWN = 3  # modules of a kind that are named
+
+
+class PlainState:
+    """What a certificate compares, read from a module that is whole."""
+
+    loss_factor = 1.0
+
+    def __init__(self, module: LightningModule) -> None:
+        self.module = module
+        self.dtypes: dict[str, str] = {}
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        return {"num_replicas": 1, "rank": 0}
+
+    def gradient_norm(self) -> Tensor:
+        gradients = [one.grad for one in self.module.parameters() if one.grad is not None]
+        wide = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float32
+        return get_total_norm([gradient.to(wide) for gradient in gradients])
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for fqn, parameter in self.module.named_parameters():
+            yield fqn, parameter.detach().cpu()
+
+
+class Draws(pl.Callback):
+    """Seeds each micro-batch by its place in the global batch, as every engine does, and notes whether any is drawn."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.has_drawn = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        device = trainer.strategy.root_device
+        seed_draws(seed_of(self.seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches), device)
+        self.before = torch.default_generator.get_state()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.has_drawn |= not torch.equal(self.before, torch.default_generator.get_state())
+
+
+def train_plainly(job: Job, model: LightningModule) -> None:
+    """Train `model` as plain Lightning does, and leave evidence and what was noticed of it in the run folder."""
+    config = job.config
+    seed_everything(config.seed, workers=True, verbose=False)
+    with constructing(model):
+        model.configure_model()
+    materialize(model, torch.device("cpu"), config.seed)
+    if config.weights is not None:
+        held = [*model.named_parameters(), *persistent_buffers(model)]
+        StartingWeights(Path(config.weights), model).load(Held.whole(fqn, tensor, writes=True) for fqn, tensor in held)
+    model.configure_model = lambda: None  # type: ignore[method-assign]  # it has been called
+    draws, quiet = Draws(config.seed), WithoutDropout(model)
+    trainer = Trainer(
+        accelerator=config.launcher.accelerator,
+        devices=1,
+        precision=cast(Any, config.precision.lightning),
+        max_steps=config.trainer.max_steps,
+        accumulate_grad_batches=job.accumulation,
+        gradient_clip_val=config.trainer.clip_norm,
+        val_check_interval=config.trainer.max_steps * job.accumulation,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=[draws, EvidenceRecorder(job.run_dir, PlainState(model))],
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=job.run_dir,
+    )
+    with quiet:
+        trainer.fit(model, datamodule=job.data.build())
+    traits = {
+        "draws": draws.has_drawn,
+        "dropout": quiet.found,
+        "batch_norms": names_of(model, _BatchNorm),
+        "optimizer": type(trainer.optimizers[0]).__name__,
+    }
+    (job.run_dir / "evidence" / TRAITS).write_text(json.dumps(traits, indent=2) + "\n")
+
+
+def names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [fqn for fqn, part in model.named_modules() if isinstance(part, kind)][:SHOWN]

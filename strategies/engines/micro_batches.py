@@ -1,0 +1,122 @@
+"""What every engine does around the training step of a micro-batch: seeds what it draws, and weighs its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from strategies.engines.construction import constructing
+from strategies.engines.draws import seed_draws, seed_of
+from strategies.engines.finite import StepGuard
+from strategies.engines.loss_terms import times
+from strategies.engines.own_code import Reads
+from strategies.spec import Run
+
+
+class MicroBatches(Strategy):
+    """Mixed into every engine.
+
+    A micro-batch draws by its place in the global batch: other numbers than the others', the same ones on whichever
+    rank it is, and again when the run is resumed there.
+    """
+
+    run: Run
+    guard: StepGuard
+    loss_group: dist.ProcessGroup | None = None  # ranks that have a loss at the same time; None is all
+
+    @property
+    def trained(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def loss_factor(self) -> float:
+        """By what the losses of the step that has just been made are to be multiplied, to be shares of its mean."""
+        return self.guard.terms.factor
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Lightning calls `configure_model` inside; nets on the meta device are sharded as they are initialised."""
+        with constructing(self.trained):
+            yield
+
+    def reads(self) -> Reads | None:
+        """What the module's own code may not read, since this rank has a part of it; None where all is whole."""
+        return None
+
+    def parameter_norm(self) -> Tensor:
+        """L2 norm of all weights as they are stepped (scalar); collective, the same on every rank."""
+        named = {fqn for fqn, _ in self.trained.named_parameters()}
+        total = torch.zeros((), dtype=torch.float64, device=self.root_device)
+        for held in self.held():  # type: ignore[attr-defined]
+            if held.writes and held.name in named:
+                parts = [part.detach().to(self.root_device).double() for part in held.select(held.stepped)]
+                total += sum(part.square().sum() for part in parts)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total.sqrt().float()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if (reads := self.reads()) is not None:
+            reads.watch()
+        call_per_step(self.trained)
+        # What a loader in this process draws, before the first step and between steps.
+        self.seed_by("loading", self.trained.trainer.global_step, self.data_rank_in_sampler)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.seed_by(*self.place())
+        return self.weighed(super().training_step(*args, **kwargs))
+
+    @property
+    def data_rank_in_sampler(self) -> int:
+        kwargs: dict[str, int] = self.distributed_sampler_kwargs  # type: ignore[attr-defined]
+        return kwargs["rank"]
+
+    def place(self) -> tuple[int, int]:
+        """Of the micro-batch under way: its optimizer step, and its number in the global batch (datamodules.order)."""
+        trainer = self.trained.trainer
+        kwargs: dict[str, int] = self.distributed_sampler_kwargs  # type: ignore[attr-defined]
+        number = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches
+        return trainer.global_step, number * kwargs["num_replicas"] + kwargs["rank"]
+
+    def seed_by(self, *place: object) -> None:
+        seed_draws(seed_of(self.run.seed, *place), self.root_device)
+
+    def weighed(self, output: Any) -> Any:
+        """What a training step returned, with its loss weighed by its terms."""
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor) or not self.trained.automatic_optimization:
+            return output
+        weight = self.guard.terms.weight_of(output, share=1.0, samples=self.run.micro_batch_size, group=self.loss_group)
+        loss = times(loss, weight)
+        return {**output, "loss": loss} if isinstance(output, dict) else loss
+
+
+def call_per_step(module: pl.LightningModule) -> None:
+    """Have the module's hooks for a batch called for each global batch, not for each micro-batch.
+
+    How many micro-batches there are is nothing that a module may depend on: an average of weights that is taken in
+    `on_train_batch_end` would move twice as far in one process as on two ranks.
+    """
+    micro_batches = module.trainer.accumulate_grad_batches
+    if micro_batches == 1:
+        return
+    for hook, place in (("on_train_batch_start", 0), ("on_train_batch_end", micro_batches - 1)):
+        if is_overridden(hook, module, pl.LightningModule):
+            setattr(module, hook, partial(only_at, place, micro_batches, getattr(module, hook)))
+
+
+def only_at(place: int, micro_batches: int, hook: Callable[..., Any], *args: Any) -> Any:
+    """Call `hook`, whose last argument is the number of a micro-batch, at one of those of a step alone."""
+    *others, batch_idx = args
+    return hook(*others, batch_idx // micro_batches) if batch_idx % micro_batches == place else None

@@ -1,0 +1,214 @@
+"""LightningModules of the kinds that teams bring, each with what engines of data, model or pipeline parallelism get
+wrong without a word."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss, normalize
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import StepLR
+
+from models.plan import ParallelPlan
+from models.whole import gradient_norm, parameter_norm
+from tests.strategies.own_models import Block, Blocks
+
+
+def left_out(labels: Tensor) -> Tensor:
+    """Half of the targets do not count, unevenly over micro-batches."""
+    return labels.masked_fill(labels < 5, -100)
+
+
+class Masked(Blocks):
+    """A mean over the targets that count, as for padding and prompts."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return cross_entropy(self.net(images.flatten(1)), left_out(labels))
+
+
+class MaskedByHand(Blocks):
+    """The same mean, written out, in float64 or whatever the net gives."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        images, labels = batch
+        losses = cross_entropy(self.net(images.flatten(1)), labels, reduction="none")
+        counts = labels >= 5
+        return {"loss": (losses * counts).sum() / counts.sum(), "logits": None}
+
+
+class MaskedBySum(Blocks):
+    """The same mean, of a loss that is asked for a sum."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = cross_entropy(self.net(images.flatten(1)), left_out(labels), reduction="sum")
+        return loss / (labels >= 5).sum().clamp(min=1)
+
+
+class SaysNumTargets(Blocks):
+    """A mean that autograd's graph does not show; the step says over how many targets it is one."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        images, labels = batch
+        losses = cross_entropy(self.net(images.flatten(1)), left_out(labels), reduction="none")
+        num_targets = (labels >= 5).sum()
+        return {"loss": (losses / num_targets.clamp(min=1)).sum(), "num_targets": num_targets}
+
+
+class SmoothedAndPenalized(Blocks):
+    """Two parts that leave the same targets out, and a constant of its own."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self.net(images.flatten(1))
+        return cross_entropy(logits, left_out(labels), label_smoothing=0.1) * 0.5 + 0.25
+
+
+class FewTargets(Blocks):
+    """Some micro-batches have no target at all."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return cross_entropy(self.net(images.flatten(1)), labels.masked_fill(labels < 7, -100))
+
+
+class Contrastive(Blocks):
+    """Looks at the other samples of its batch: what it computes depends on how a batch is cut, for good."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, _ = batch
+        embedded = normalize(self.net(images.flatten(1)), dim=1)
+        return cross_entropy(embedded @ normalize(images.flatten(1)[:, :10], dim=1).T, torch.arange(len(images)))
+
+
+class Normalized(Blocks):
+    """Statistics of the batch."""
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), Block(32), nn.Linear(32, 10))
+
+
+class Drops(Blocks):
+    """Dropout, as a module and as a function."""
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), nn.Dropout(0.3), Block(32), nn.Linear(32, 10))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        return cross_entropy(self.net(nn.functional.dropout(images.flatten(1), 0.2, self.training)), labels)
+
+
+class Noisy(Blocks):
+    """Noise in the step, as diffusion models draw it."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        share = torch.rand(len(labels), 1, dtype=images.dtype)
+        noise = torch.randn(len(labels), 64, dtype=images.dtype)
+        return cross_entropy(self.net(images.flatten(1) * share + noise * (1 - share)), labels)
+
+
+def small(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.constant_(module.bias, 0.1)
+
+
+class AppliesInit(Blocks):
+    """Initialises its net behind its constructors, and has a parameter that no module resets."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.apply(small)
+        with torch.device("meta"):
+            block: Any = self.net[1]
+            block.up.weight = nn.Parameter(torch.eye(32) * torch.tensor(0.5))
+
+
+class BuildsEagerly(AppliesInit):
+    """On the CPU at once, drawing as it goes."""
+
+    def configure_model(self) -> None:
+        self.net = nn.Sequential(nn.Linear(64, 32), Block(32), Block(32), nn.Linear(32, 10))
+        self.apply(small)
+
+
+class Taught(Blocks):
+    """A teacher that starts as a copy, follows once per step, and is followed."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        with torch.device("meta"):
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images = batch[0].flatten(1)
+        with torch.no_grad():
+            wanted = self.teacher(images)
+        return self.loss(batch) + mse_loss(self.net(images), wanted)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            for old, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                old.mul_(0.5).add_(new, alpha=0.5)
+
+
+class Penalized(Blocks):
+    """A penalty on its weights, in the loss."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch) + 0.01 * torch.stack([one.square().sum() for one in self.net.parameters()]).sum()
+
+
+class ReadsGradients(Blocks):
+    """Logs a norm in the hook that Lightning's documentation names for it."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        norms = [one.grad.norm() for one in self.parameters() if one.grad is not None]
+        self.log("norm", torch.stack(norms).norm() if norms else 0.0)
+
+
+class AsksForNorms(Blocks):
+    """Logs the same by what works under every strategy."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        norms = {"gradient": float(gradient_norm(self)), "weights": float(parameter_norm(self))}
+        if self.global_step == 0:
+            print(f"norms {norms}", flush=True)
+
+
+class PerEpoch(Blocks):
+    """A schedule as torch's tutorials return it, stepped at the end of each epoch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [StepLR(optimizer, step_size=1, gamma=0.5)]
+
+    def on_train_epoch_end(self) -> None:
+        print(f"epoch {self.current_epoch} ends with step {self.global_step}", flush=True)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        rate = optimizer.param_groups[0]["lr"]
+        print(f"step {self.global_step} epoch {self.current_epoch} rate {rate:.4f}", flush=True)
+
+
+class DropsInParts(Blocks):
+    """Dropout where activations are split over tensor ranks, and where they are whole; tells what was dropped."""
+
+    plan = ParallelPlan(stem=("0",), blocks=("1",), head=("2",), tensor={"1.0": "colwise", "1.2": "rowwise"})
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            block = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 32), nn.Dropout(0.5))
+            self.net = nn.Sequential(nn.Linear(64, 32), block, nn.Linear(32, 10))
+        for name, part in (("split", block[1]), ("whole", block[3])):
+            part.register_forward_hook(lambda _, __, output, name=name: self.tell(name, output))
+
+    def tell(self, name: str, output: Tensor) -> None:
+        if self.training and self._trainer is not None:
+            print(f"dropped {name} {[int(number) for number in (output[0, :16] == 0)]}", flush=True)

@@ -1,0 +1,185 @@
+"""What teams' own modules compute is what one process computes with the whole batch, or is refused by name."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from strategies.engines.construction import constructing
+from strategies.engines.materialize import materialize
+from strategies.engines.own_code import check_copies
+from tests.agreement.cases import Case, own
+from tests.agreement.training import disagreements, job_of, run_job, train_case, train_rank
+from tests.strategies import foreign_models
+from tests.tiers import in_tiers
+from tracking.agreement import compare
+
+CPU = torch.device("cpu")
+
+
+def foreign(name: str, strategy: str, **case: Any) -> Case:
+    world_size = {"single": 1, "2d_pipeline": 4}.get(strategy, 2)
+    return own(f"foreign_models.{name}", strategy=strategy, **{"world_size": world_size, "accumulation": 2, **case})
+
+
+MASKED = ["Masked", "MaskedByHand", "MaskedBySum", "SaysNumTargets", "SmoothedAndPenalized", "FewTargets"]
+WAYS = ["single", "ddp", "zero2", "zero3", "fsdp", "pipeline"]
+EVERYDAY_MASKED = [("Masked", "zero3"), ("Masked", "pipeline"), ("FewTargets", "ddp"), ("SaysNumTargets", "fsdp")]
+EVERYDAY_MASKED += [("MaskedByHand", "single"), ("SmoothedAndPenalized", "zero2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"), in_tiers([(name, way) for name in MASKED for way in WAYS], EVERYDAY_MASKED)
+)
+def test_a_mean_over_some_targets_is_the_whole_batchs(
+    name: str, strategy: str, tmp_path: Path, references: Callable
+) -> None:
+    assert disagreements(foreign(name, strategy), tmp_path, references) == []
+
+
+class CountsAlike(pl.Callback):
+    """The fault of every mean of means: each micro-batch counts as much as the others."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        guard: Any = trainer.strategy.guard  # type: ignore[attr-defined]
+        guard.terms.terms_of = lambda *_: None
+
+
+@pytest.mark.parametrize("strategy", in_tiers(["ddp", "zero2", "fsdp"], ["ddp"]))
+def test_a_mean_of_means_is_noticed(strategy: str, tmp_path: Path, references: Callable) -> None:
+    case = foreign("Masked", strategy)
+    candidate = train_case(case.overrides, tmp_path, CountsAlike)
+    checks = compare([references(case, case.global_batch)], candidate, master="float32")
+    assert {check.quantity for check in checks if not check.passed} >= {"loss", "gradient norm", "weights"}
+
+
+DRAWING = [("Noisy", "ddp"), ("Noisy", "zero3"), ("Noisy", "fsdp"), ("Drops", "ddp"), ("Drops", "tensor")]
+
+
+@pytest.mark.parametrize(("name", "strategy"), in_tiers(DRAWING[:-1], [("Noisy", "ddp")]))
+def test_a_micro_batch_draws_the_same_on_whichever_rank_it_is(
+    name: str, strategy: str, tmp_path: Path, references: Callable
+) -> None:
+    case = foreign(name, strategy)
+    assert disagreements(case, tmp_path, references, micro_batch_size=case.micro_batch_size) == []
+
+
+class DrawsAlike(pl.Callback):
+    """The fault of a run whose ranks are seeded alike."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        engine: Any = trainer.strategy
+        engine.place = lambda: (trainer.global_step, 0)
+
+
+def test_ranks_that_draw_alike_are_noticed(tmp_path: Path, references: Callable) -> None:
+    case = foreign("Noisy", "ddp")
+    candidate = train_case(case.overrides, tmp_path, DrawsAlike)
+    checks = compare([references(case, case.micro_batch_size)], candidate, master="float32")
+    assert {check.quantity for check in checks if not check.passed} >= {"loss", "weights"}
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    in_tiers(
+        [(name, way) for name in ("AppliesInit", "BuildsEagerly") for way in ("ddp", "zero3", "fsdp", "pipeline")],
+        [("AppliesInit", "zero3"), ("BuildsEagerly", "fsdp")],
+    ),
+)
+def test_a_net_starts_with_what_its_own_code_gave_it(
+    name: str, strategy: str, tmp_path: Path, references: Callable
+) -> None:
+    case = foreign(name, strategy)
+    assert disagreements(case, tmp_path, references) == []
+    exact = references(case, case.global_batch).exact.first_weights[0]
+    assert 0.01 < exact["net.0.weight"].std() < 0.03
+    assert exact["net.3.bias"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("strategy", in_tiers(["ddp", "zero2"], ["zero2"]))
+def test_a_teacher_follows_once_per_step(strategy: str, tmp_path: Path, references: Callable) -> None:
+    assert disagreements(foreign("Taught", strategy), tmp_path, references) == []
+
+
+def made(name: str) -> Any:
+    module = getattr(foreign_models, name)(net=None, optimizer=torch.optim.SGD, scheduler=None)
+    with constructing(module):
+        module.configure_model()
+    return module
+
+
+def test_a_copy_starts_as_a_copy_and_is_known_for_one() -> None:
+    module = made("Taught")
+    with pytest.raises(ValueError, match=r"Taught.on_train_batch_end moves teacher, a frozen copy of net"):
+        check_copies(module, "zero3")
+    materialize(module, CPU, seed=1)
+    pairs = list(zip(module.net.parameters(), module.teacher.parameters(), strict=True))
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert float(module.net[0].weight.detach().std()) > 0
+    with pytest.raises(ValueError, match="a frozen copy of net"):  # also of a net that is built eagerly
+        check_copies(module, "fsdp")
+
+
+REFUSED = [
+    ("zero3", "Penalized", "Penalized.training_step reads parameter net.0.weight"),
+    ("fsdp", "Penalized", "Penalized.training_step reads parameter net.0.weight"),
+    ("pipeline", "Penalized", "Penalized.training_step reads all parameters"),
+    ("zero1", "ReadsGradients", "ReadsGradients.on_before_optimizer_step reads the gradient of net.0.weight"),
+    ("fsdp", "ReadsGradients", "ReadsGradients.on_before_optimizer_step reads the gradient of net.0.weight"),
+    ("pipeline", "ReadsGradients", "ReadsGradients.on_before_optimizer_step reads all parameters"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "name", "said"), in_tiers(REFUSED, [REFUSED[0], REFUSED[3], REFUSED[5]]))
+def test_a_part_is_not_read_for_the_whole(strategy: str, name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ValueError") as failure:
+        train_case(foreign(name, strategy).overrides, tmp_path)
+    assert said in " ".join(str(failure.value).split())
+
+
+def norms(strategy: str, folder: Path) -> dict[str, float]:
+    train_case(foreign("AsksForNorms", strategy).overrides, folder)
+    (line,) = [line for line in (folder / "rank0.log").read_text().splitlines() if line.startswith("norms ")]
+    found: dict[str, float] = ast.literal_eval(line.removeprefix("norms "))
+    return found
+
+
+@pytest.mark.parametrize("strategy", in_tiers(["zero2", "zero3", "fsdp", "pipeline"], ["zero3", "pipeline"]))
+def test_norms_are_the_whole_models(strategy: str, tmp_path: Path) -> None:
+    assert norms(strategy, tmp_path / strategy) == pytest.approx(norms("single", tmp_path / "single"), rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", in_tiers(["single", "zero2"], ["single"]))
+def test_schedules_and_hooks_know_where_an_epoch_ends(strategy: str, tmp_path: Path) -> None:
+    words = ["trainer.max_steps=205", "data.global_batch_size=16", "data.max_val_samples=19"]
+    train_case([*foreign("PerEpoch", strategy).overrides, *words], tmp_path)
+    lines = (tmp_path / "rank0.log").read_text().splitlines()
+    steps = [line for line in lines if line.startswith("step ") and " epoch " in line]
+    data: Any = job_of([*foreign("PerEpoch", strategy).overrides, *words], tmp_path / "job").data
+    size = len(data.train_samples())
+    first, second = (-(-epochs * size // 16) for epochs in (1, 2))  # the step that takes an epoch's last sample
+    assert steps[first - 1 : first + 1] == [
+        f"step {first - 1} epoch 0 rate 0.1000",
+        f"step {first} epoch 1 rate 0.0500",
+    ]
+    assert steps[second] == f"step {second} epoch 2 rate 0.0250"
+    ends = [line for line in lines if line.startswith("epoch ")]
+    assert ends == [f"epoch 0 ends with step {first}", f"epoch 1 ends with step {second}", "epoch 2 ends with step 205"]
+
+
+def test_tensor_ranks_drop_other_elements_of_what_each_has_a_part_of(tmp_path: Path) -> None:
+    words = [word for word in foreign("DropsInParts", "tensor").overrides if not word.startswith("evidence")]
+    job = job_of([*words, "evidence=false", "trainer.trace_steps=0"], tmp_path)
+    run_job(job, train_rank, job, None, None)
+    logs = [(tmp_path / f"rank{rank}.log").read_text().splitlines() for rank in range(2)]
+    dropped = {
+        name: [[line for line in log if line.startswith(f"dropped {name}")] for log in logs]
+        for name in ("split", "whole")
+    }
+    assert len(dropped["split"][0]) > 4
+    assert dropped["whole"][0] == dropped["whole"][1]
+    assert not set(dropped["split"][0]) & set(dropped["split"][1])
