@@ -84,7 +84,7 @@ class Verifier:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.runs: dict[tuple[str, ...], Evidence] = {}
+        self.runs: dict[tuple[str, ...], tuple[Evidence, str]] = {}  # and the hash of its config
 
     def run(self, overrides: list[str], name: str) -> Finished:
         """Train one run in a folder of its own under `name`."""
@@ -104,7 +104,7 @@ class Verifier:
         if status.state != "completed":
             raise RunFailedError(f"{name}: {status.error}")
 
-    def plain(self, overrides: list[str], kind: str, *, micro_batch_size: int) -> Evidence:
+    def plain(self, overrides: list[str], kind: str, *, micro_batch_size: int) -> tuple[Evidence, str]:
         """What plain Lightning computes on one process, in float64 (`exact`) or as asked for (`reference`)."""
         shared = [word for word in overrides if not key(word).startswith(NOT_SHARED)]
         asked = validate(compose([*VERIFY_OVERRIDES, *overrides])).precision
@@ -117,13 +117,13 @@ class Verifier:
             number = sum(run.name.split("-")[0] == kind for run in self.folder.glob("*"))
             name = f"{kind}-{number}" if number else kind
             self.train(list(words), self.folder / name, name)
-            self.runs[words] = Evidence.load(self.folder / name)
+            self.runs[words] = Evidence.load(self.folder / name), load_resolved(self.folder / name).hash
         return self.runs[words]
 
     def draw(self, overrides: list[str], micro_batch_size: int) -> Draw:
         """The exact and the reference run for a candidate's overrides, on micro-batches of a size."""
         return Draw(
-            *(self.plain(overrides, kind, micro_batch_size=micro_batch_size) for kind in ("exact", "reference"))
+            *(self.plain(overrides, kind, micro_batch_size=micro_batch_size)[0] for kind in ("exact", "reference"))
         )
 
     def certify(self, overrides: list[str], name: str) -> Certificate:
@@ -147,7 +147,7 @@ class Verifier:
             checks = compare(draws, candidate.evidence, master=precision.master)
         passed, cause = all(check.passed for check in checks), ""
         if not passed:
-            cut = self.plain(overrides, "exact", micro_batch_size=micro) if whole != micro else None
+            cut = self.plain(overrides, "exact", micro_batch_size=micro)[0] if whole != micro else None
             cause = cause_of(checks, draws, cut, candidate.evidence, parts=parts_of(candidate))
         certificate = Certificate(
             verdict="agrees" if passed else "disagrees",
@@ -163,7 +163,7 @@ class Verifier:
             tolerance=tolerance_text(precision.master),
             subject=subject_of(candidate.record.config, candidate.record.world_size),
             config_hash=candidate.config.hash,
-            reference_config_hash=asked.hash,
+            reference_config_hash=self.plain(overrides, "reference", micro_batch_size=whole)[1],
             environment=candidate.record.environment.model_dump(),
         )
         path = self.folder / name / "certificate.json"

@@ -141,11 +141,10 @@ class LossTerms:
         samples: of a whole micro-batch. group: the ranks that ask the same at the same time.
         """
         found = self.terms_of(output, share, samples)
-        weight: Tensor | float = share
-        if found is not None:
-            if self.unit is None:
-                self.unit = agreed(found.at_most / share, group)
-            weight = found.number / self.unit
+        if self.unit is None:
+            # All ranks ask, whatever each has found in its first loss: else some would wait for the others.
+            self.unit = agreed(found.at_most / share if found else 0.0, group) or float(samples)
+        weight = share if found is None else found.number / self.unit
         self.total = self.total + (weight.double() if isinstance(weight, Tensor) else weight)
         self.share += share
         return weight

@@ -175,7 +175,7 @@ def check_copies(module: pl.LightningModule, strategy: str) -> None:
     Where both lie in parts on the ranks, an average taken element by element goes by parts that need not fit.
     """
     hooks = [hook for hook in HOOKS if hook.startswith("on_") and is_overridden(hook, module, pl.LightningModule)]
-    for copy, original in copies(module):
+    for copy, original in copies(module) if hooks else ():
         name = copy.split(".")[0]
         hook = next((hook for hook in hooks if name in names_in(type(module), hook)), None)
         if hook is not None:
@@ -195,9 +195,10 @@ def copies(module: nn.Module) -> Iterator[tuple[str, str]]:
         if parameter.is_meta:
             original = construction.copied_from(fqn) if construction else None
         else:
-            is_varied = bool((parameter != parameter.flatten()[:1]).any())
             alike = (name for name, other in named.items() if other.requires_grad and equal(parameter, other))
-            original = next(alike, None) if is_varied else None
+            original = next(alike, None)
+            if original is not None and bool((parameter == parameter.flatten()[:1]).all()):
+                original = None  # zeros or ones, as many a parameter has at the start
         if original is not None:
             yield fqn, original
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.agreement.cases import VIT
 from tests.launch.command import REPOSITORY, TINY, user_environment
 from tracking.agreement import Certificate
 
@@ -35,10 +36,33 @@ def test_each_candidate_gets_its_verdict(tmp_path: Path) -> None:
         "0-candidate",
         "1-candidate",
         "exact",
+        "exact-1",
         "reference",
     ]
     assert alone.reference_config_hash == together.reference_config_hash
     assert "float64" in alone.tolerance
+
+
+SAID = {
+    "Contrastive": ("disagrees", "the loss depends on how a batch is cut"),
+    "Normalized": ("disagrees", "statistics of the batch (BatchNorm: net.1)"),
+    "Drops": ("agrees", "dropout is switched off (net.1"),
+    "Noisy": ("agrees", "the step draws at random"),
+    "Masked": ("agrees", "certificates in"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", SAID)
+def test_what_stands_between_a_module_and_agreement_is_said(name: str, tmp_path: Path) -> None:
+    verdict, words = SAID[name]
+    own = [word for word in VIT if not word.startswith("model.net")]
+    model = f"model._target_=tests.strategies.foreign_models.{name}"
+    run = verify(tmp_path, "strategy=ddp", *own, model, "trainer.max_steps=2", "run_dir=proof")
+    certificate = Certificate.read(tmp_path / "proof/candidate/certificate.json")
+    assert certificate.verdict == verdict, run.stdout
+    assert words in " ".join(run.stdout.split())
+    assert run.returncode == (verdict == "disagrees")
 
 
 def test_verify_imports_nothing_heavy_before_it_has_read_its_words(tmp_path: Path) -> None:
