@@ -144,17 +144,19 @@ class LossTerms:
         if self.unit is None:
             # All ranks ask, whatever each has found in its first loss: else some would wait for the others.
             self.unit = agreed(found.at_most / share if found else 0.0, group) or float(samples)
-        weight = share if found is None else found.number / self.unit
+        weight: Tensor | float = share
+        if found is not None:
+            weight = found.number / self.unit
+            if found.varies:
+                weight = weight * is_something(loss_of(output))
         self.total = self.total + (weight.double() if isinstance(weight, Tensor) else weight)
         self.share += share
         return weight
 
     def terms_of(self, output: Any, share: float, samples: int) -> Terms | None:
-        loss = output["loss"] if isinstance(output, dict) else output
+        loss = loss_of(output)
         if isinstance(output, dict) and NUM_TARGETS in output:
             return Terms(declared(output[NUM_TARGETS]), samples * share, varies=True)
-        if not isinstance(loss, Tensor):
-            return None
         terms = list(terms_in(loss.grad_fn))
         counted = [term for term in terms if term.varies]
         for other in terms:
@@ -168,6 +170,17 @@ class LossTerms:
         self.factor = share / total if total else 1.0
         self.is_mixed |= is_mixed
         self.clear()
+
+
+def loss_of(output: Any) -> Tensor:
+    loss: Tensor = output["loss"] if isinstance(output, dict) else output
+    return loss
+
+
+def is_something(loss: Tensor) -> Tensor | float:
+    """0 of a loss that is exactly 0: a sum over no target, divided by their number or 1, whichever is more."""
+    there = loss.detach() != 0
+    return float(there) if loss.device.type == "cpu" else there
 
 
 def declared(count: Any) -> Tensor | float:
