@@ -70,6 +70,15 @@ class Draws(pl.Callback):
         self.has_drawn |= not torch.equal(self.before, torch.default_generator.get_state())
 
 
+class ClipsFused(pl.Callback):
+    """Lets Lightning clip gradients of a fused optimizer under autocast: without a scaler it unscales nothing."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.scaler is None:
+            for optimizer in trainer.optimizers:
+                optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
 def train_plainly(job: Job, model: LightningModule) -> None:
     """Train `model` as plain Lightning does, and leave evidence and what was noticed of it in the run folder."""
     config = job.config
@@ -93,7 +102,7 @@ def train_plainly(job: Job, model: LightningModule) -> None:
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
-        callbacks=[draws, EvidenceRecorder(job.run_dir, PlainState(model))],
+        callbacks=[draws, ClipsFused(), EvidenceRecorder(job.run_dir, PlainState(model))],
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -139,12 +139,12 @@ class Verifier:
             first, whole = self.draw(overrides, micro), micro
         candidate = self.run(overrides, name)
         precision, draws = candidate.config.precision, [first]
-        checks = compare(draws, candidate.evidence, master=precision.master)
+        checks = compare(draws, candidate.evidence, master=precision.master, parameter=precision.parameter)
         for size in other_micro_batches(int(asked.data["global_batch_size"]), whole):
             if not another_draw_matters(checks):
                 break
             draws.append(self.draw(overrides, size))
-            checks = compare(draws, candidate.evidence, master=precision.master)
+            checks = compare(draws, candidate.evidence, master=precision.master, parameter=precision.parameter)
         passed, cause = all(check.passed for check in checks), ""
         if not passed:
             cut = self.plain(overrides, "exact", micro_batch_size=micro)[0] if whole != micro else None

@@ -216,16 +216,17 @@ def distance(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.linalg.norm(left.astype(np.float64) - right.astype(np.float64)))
 
 
-def compare(draws: Sequence[Draw], candidate: Evidence, *, master: str) -> list[Check]:
+def compare(draws: Sequence[Draw], candidate: Evidence, *, master: str, parameter: str | None = None) -> list[Check]:
     """All checks of a candidate against the first draw, with what all draws say of rounding.
 
-    `master` is the format of the weights' master copy, in which losses are taken too.
+    `master` is the format of the weights' master copy, in which losses are taken too. `parameter` is that of the
+    weights themselves, in which ranks hold them at first, if it is another.
     """
     u = UNIT_ROUNDOFF[master]
     first = draws[0]
     steps = range(min(len(side.losses) for side in (first.exact, first.reference, candidate)))
     checks = [
-        compare_first_weights(first.exact, candidate, u),
+        compare_first_weights(first.exact, candidate, UNIT_ROUNDOFF[parameter or master]),
         compare_samples(first.reference, candidate),
         compare_series(
             "loss",

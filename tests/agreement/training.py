@@ -52,7 +52,8 @@ def checks_of(case: Case, folder: Path, references: Callable, fault: type | None
     checks: list[Check] = []
     while sizes and (not draws or another_draw_matters(checks)):
         draws.append(references(case, sizes.pop(0)))
-        checks = compare(draws, candidate, master=master)
+        parameter = "bfloat16" if case.precision == "bf16_master" else master
+        checks = compare(draws, candidate, master=master, parameter=parameter)
     return checks
 
 
