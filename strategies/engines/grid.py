@@ -214,7 +214,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
     def split(self, unit: nn.Module, fqn: str, plan: ParallelPlan, *, sequence: bool) -> None:
         mesh, loss_parallel = self.mesh["tensor"], self.spec.loss_parallel
         if not self.run.compile:
-            draws = tensor.SplitDraws(mesh.get_local_rank(), self.root_device)
+            draws = tensor.SplitDraws(mesh.get_local_rank(), torch.device(mesh.device_type))
             tensor.split_draws(unit, fqn, plan, draws, sequence=sequence)
         elif tensor.drops(unit):
             raise ValueError(
