@@ -23,7 +23,7 @@ from launch.still import WithoutDropout
 from launch.weights import StartingWeights
 from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.construction import constructing
-from strategies.engines.draws import seed_draws, seed_of
+from strategies.engines.draws import generators_of, seed_draws, seed_of
 from strategies.engines.materialize import materialize
 from tracking.evidence import TRAITS
 from tracking.evidence_recorder import EvidenceRecorder
@@ -64,10 +64,12 @@ class Draws(pl.Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         device = trainer.strategy.root_device
         seed_draws(seed_of(self.seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches), device)
-        self.before = torch.default_generator.get_state()
+        self.generators = generators_of(device)
+        self.before = [generator.get_state() for generator in self.generators]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.has_drawn |= not torch.equal(self.before, torch.default_generator.get_state())
+        now = [generator.get_state() for generator in self.generators]
+        self.has_drawn |= not all(map(torch.equal, self.before, now))
 
 
 class ClipsFused(pl.Callback):

@@ -339,7 +339,7 @@ MUTANTS = (
         name="DrawsAlike",
         does="seeds all data ranks alike",
         file="strategies/engines/micro_batches.py",
-        old='number * kwargs["num_replicas"] + kwargs["rank"]',
+        old='number * self.slicing["num_replicas"] + self.slicing["rank"]',
         new="number",
         tests=f"{FOREIGN} -k draws_the_same",
     ),

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from strategies.engines.draws import draws_of, seed_of
 
 CPU = torch.device("cpu")
-# What makes a tensor of numbers without an operator that a dispatch mode would see.
 IS_META = cast(Any, Tensor.is_meta).__get__
+# What makes a tensor of numbers without an operator that a dispatch mode would see.
 FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
 
 

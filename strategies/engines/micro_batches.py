@@ -71,23 +71,23 @@ class MicroBatches(Strategy):
             reads.watch()
         call_per_step(self.trained)
         # What a loader in this process draws, before the first step and between steps.
-        self.seed_by("loading", self.trained.trainer.global_step, self.data_rank_in_sampler)
+        self.seed_by("loading", self.trained.trainer.global_step, self.slicing["rank"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.seed_by(*self.place())
         return self.weighed(super().training_step(*args, **kwargs))
 
     @property
-    def data_rank_in_sampler(self) -> int:
+    def slicing(self) -> dict[str, int]:
+        """`num_replicas` and `rank`: how many ranks see different samples, and which of them this one is."""
         kwargs: dict[str, int] = self.distributed_sampler_kwargs  # type: ignore[attr-defined]
-        return kwargs["rank"]
+        return kwargs
 
     def place(self) -> tuple[int, int]:
         """Of the micro-batch under way: its optimizer step, and its number in the global batch (datamodules.order)."""
         trainer = self.trained.trainer
-        kwargs: dict[str, int] = self.distributed_sampler_kwargs  # type: ignore[attr-defined]
         number = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches
-        return trainer.global_step, number * kwargs["num_replicas"] + kwargs["rank"]
+        return trainer.global_step, number * self.slicing["num_replicas"] + self.slicing["rank"]
 
     def seed_by(self, *place: object) -> None:
         seed_draws(seed_of(self.run.seed, *place), self.root_device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -174,13 +175,15 @@ def check_copies(module: pl.LightningModule, strategy: str) -> None:
 
     Where both lie in parts on the ranks, an average taken element by element goes by parts that need not fit.
     """
+    kind = type(module)
     hooks = [hook for hook in HOOKS if hook.startswith("on_") and is_overridden(hook, module, pl.LightningModule)]
+    spoken_of = {hook: names_in(kind, hook) for hook in hooks}
     for copy, original in copies(module) if hooks else ():
         name = copy.split(".")[0]
-        hook = next((hook for hook in hooks if name in names_in(type(module), hook)), None)
+        hook = next((hook for hook in hooks if name in spoken_of[hook]), None)
         if hook is not None:
             raise ValueError(
-                f"strategy={strategy}: {type(module).__name__}.{hook} moves {name}, a frozen copy of "
+                f"strategy={strategy}: {kind.__name__}.{hook} moves {name}, a frozen copy of "
                 f"{original.split('.')[0]}, and a rank has only a part of each; choose strategy=ddp, zero1 or zero2."
             )
 
@@ -207,14 +210,21 @@ def equal(one: Tensor, other: Tensor) -> bool:
     return not other.is_meta and one.shape == other.shape and torch.equal(one, other)
 
 
-def names_in(kind: type, method: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """Names of attributes in the code of a method, and of those methods of its class that it calls."""
-    code = getattr(getattr(kind, method, None), "__code__", None)
-    if code is None or method in seen:
-        return set()
-    inside = [one for one in code.co_consts if hasattr(one, "co_names")]
-    names = set(code.co_names).union(*(one.co_names for one in inside))
-    return names.union(*(names_in(kind, name, seen | {method}) for name in names))
+def names_in(kind: type, method: str) -> set[str]:
+    """Names of attributes in the code of a method, and of those methods of the user's own that it calls."""
+    names, todo, seen = set[str](), [method], set[str]()
+    while todo:
+        name = todo.pop()
+        own = getattr(kind, name, None)
+        code = getattr(own, "__code__", None)
+        if name in seen or code is None or own is getattr(pl.LightningModule, name, None):
+            continue
+        seen.add(name)
+        inside = [one for one in code.co_consts if isinstance(one, CodeType)]
+        found = set(code.co_names).union(*(one.co_names for one in inside))
+        names |= found
+        todo += found
+    return names
 
 
 class _Watching(TorchFunctionMode):
