@@ -183,3 +183,16 @@ def test_tensor_ranks_drop_other_elements_of_what_each_has_a_part_of(tmp_path: P
     assert len(dropped["split"][0]) > 4
     assert dropped["whole"][0] == dropped["whole"][1]
     assert not set(dropped["split"][0]) & set(dropped["split"][1])
+
+
+@pytest.mark.full
+def test_a_run_that_goes_on_where_an_epoch_ends_has_its_rate(tmp_path: Path) -> None:
+    words = [*foreign("PerEpoch", "single").overrides, "data.max_val_samples=19", "trainer.max_steps=96"]
+    data: Any = job_of(words, tmp_path / "job").data
+    ends = -(-len(data.train_samples()) // 16)
+    train_case([*words, f"checkpoint.every_steps={ends}"], tmp_path / "first")
+    (saved,) = (tmp_path / "first/checkpoints").glob(f"step-*{ends}")
+    train_case([*words, f"resume='{saved}'"], tmp_path / "second")
+    lines = [(tmp_path / name / "rank0.log").read_text().splitlines() for name in ("first", "second")]
+    rates = [[line for line in log if line.startswith(f"step {ends} epoch")] for log in lines]
+    assert rates == [[f"step {ends} epoch 1 rate 0.0500"]] * 2
