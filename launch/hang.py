@@ -53,7 +53,7 @@ def hang_path(run_dir: Path, rank: int) -> Path:
 
 
 def ended_path(run_dir: Path, rank: int) -> Path:
-    """Tells the others that this rank has finished, and does not answer for that reason."""
+    """Tells the others that this rank has finished, or said all that it knows, and needs no other rank any longer."""
     return run_dir / "ranks" / f"{rank}.ended"
 
 

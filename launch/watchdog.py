@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 
 from launch.dispatch import EXIT_FAILED
 from launch.failure import Failure
-from launch.hang import Standing, ended_path, is_reported, judge, read_standings, silent_ranks
+from launch.hang import Standing, ended_path, is_reported, judge, read_standings
 from launch.job import COLLECTIVE_MARGIN_S
 from launch.output import log_path
 from strategies.engines.issued import collectives_issued, set_timeouts, waits_in_call
@@ -89,10 +89,13 @@ class Watchdog(pl.Callback):
 
     def stop(self) -> None:
         """Answer no longer: what this rank still does, no other waits for."""
+        self.leave()
+        self.stopped.set()
+
+    def leave(self) -> None:
         if self.world_size > 1:
             with suppress(OSError):  # the disk may be full
                 ended_path(self.run_dir, self.rank).touch()
-        self.stopped.set()
 
     def watch(self, log: TextIO) -> None:
         seen, silent_s, before = self.beats, 0.0, time.monotonic()
@@ -124,15 +127,18 @@ class Watchdog(pl.Callback):
                 log.flush()
                 if self.leave_more is not None:
                     self.leave_more()
-                while self.unanswered() and time.monotonic() - began < GRACE_S:
+                self.leave()
+                # The collective that another rank waits in fails with this process, and is to be seen waiting.
+                while self.remaining() and time.monotonic() - began < GRACE_S:
                     time.sleep(POLL_S / 5)
                 if self.terminal is not None:
                     self.say(self.terminal)
         finally:
             os._exit(EXIT_FAILED)
 
-    def unanswered(self) -> list[int]:
-        return silent_ranks(self.run_dir, self.world_size, read_standings(self.run_dir))
+    def remaining(self) -> list[int]:
+        """Ranks that have more to say."""
+        return [rank for rank in range(self.world_size) if not ended_path(self.run_dir, rank).exists()]
 
     def say(self, terminal: TextIO) -> None:
         """The dispatcher's line, by the first rank that has answered."""

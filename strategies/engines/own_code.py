@@ -104,7 +104,19 @@ class Reads:
 
     @contextmanager
     def watching(self, hook: str) -> Iterator[None]:
-        before, self.hook, inside, self.inside = self.hook, hook, self.inside, 0
+        before, self.hook = self.hook, hook
+        try:
+            if before:  # one hook calls another, as a validation_step may training_step
+                yield
+            else:
+                with self.watching_outermost():
+                    yield
+        finally:
+            self.hook = before
+
+    @contextmanager
+    def watching_outermost(self) -> Iterator[None]:
+        self.inside = 0
         whole = [] if self.has_all else [self.module, *([self.net] if self.net is not None else [])]
         for part in whole:
             part.named_parameters = self.named_parameters_of(part)  # type: ignore[method-assign]
@@ -117,7 +129,6 @@ class Reads:
             self.is_off = False
             for part in whole:
                 del part.named_parameters
-            self.hook, self.inside = before, inside
 
     def enter(self) -> None:
         """A forward of the net begins: it is let alone, and costs nothing, until it is over."""

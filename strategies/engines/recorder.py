@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any, final
 
@@ -24,6 +25,7 @@ class FlightRecorder(pl.Callback):
     def __init__(self, run_dir: Path, *, rank: int, entries: int) -> None:
         self.folder, self.rank = run_dir / "flight_recorder", rank
         self.dumps = self.folder / "dumps"
+        self.dumped = threading.Event()
         os.environ["TORCH_FR_BUFFER_SIZE"] = str(entries)
         # NCCL's own watchdog dumps by itself, if it is earlier than ours.
         os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
@@ -37,8 +39,10 @@ class FlightRecorder(pl.Callback):
         self.dump()
 
     def dump(self) -> None:
-        if not dist.is_initialized():
+        # Of a run that hangs, the first: when the other ranks end, the collective that this one waits for fails.
+        if not dist.is_initialized() or self.dumped.is_set():
             return
+        self.dumped.set()
         self.dumps.mkdir(parents=True, exist_ok=True)
         trace = recorded()
         (self.folder / f"rank{self.rank}.json").write_text(json.dumps(trace, indent=1, default=str))

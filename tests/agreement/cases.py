@@ -98,6 +98,12 @@ class Case:
         return [*self.shared, self.whole_batch, "precision=fp64", "strategy=single", f"evidence={self.reference}"]
 
     @property
+    def formats(self) -> dict[str, str]:
+        """In which the candidate holds what its optimizer steps, and its weights before the first step."""
+        master = "bfloat16" if self.precision == "bf16_pure" else "float32"
+        return {"master": master, "parameter": "bfloat16" if self.precision == "bf16_master" else master}
+
+    @property
     def whole_batch(self) -> str:
         """One process takes a global batch at once."""
         return f"data.micro_batch_size={self.global_batch}"

@@ -105,7 +105,7 @@ def test_step_that_is_skipped_is_skipped_alike(case: NanCase, tmp_path: Path, re
         assert set(counted) <= {STEPS - 1.0}
     # The reference's loss is NaN where all of its samples' is; what the weights became, and what was seen, is the same.
     same = [replace_losses(evidence) for evidence in references(case, case.global_batch)]
-    checks = compare([Draw(*same)], replace_losses(candidate), master="float32")
+    checks = compare([Draw(*same)], replace_losses(candidate), **case.formats)
     assert [check for check in checks if not check.passed] == []
     results = RunRecord.read(tmp_path / "record.json").results
     assert (results.steps, results.skipped_steps) == (STEPS, 1)

@@ -46,14 +46,12 @@ def checks_of(case: Case, folder: Path, references: Callable, fault: type | None
     """What `verify` would say of a case, further draws of its references among it."""
     candidate = train_case(case.overrides, folder, fault)
     check_formats(RunRecord.read(folder / "record.json"))
-    master = "bfloat16" if case.precision == "bf16_pure" else "float32"
     sizes = [case.global_batch, *other_micro_batches(case.global_batch, case.global_batch)]
     draws: list[Draw] = []
     checks: list[Check] = []
     while sizes and (not draws or another_draw_matters(checks)):
         draws.append(references(case, sizes.pop(0)))
-        parameter = "bfloat16" if case.precision == "bf16_master" else master
-        checks = compare(draws, candidate, master=master, parameter=parameter)
+        checks = compare(draws, candidate, **case.formats)
     return checks
 
 
@@ -63,7 +61,7 @@ def disagreements(
     """In what a case differs from one process, which takes micro-batches of `micro_batch_size` (None: all at once)."""
     candidate = train_case([*case.overrides, *words], folder)
     draw = references(case, micro_batch_size or case.global_batch)
-    return [check for check in compare([draw], candidate, master="float32") if not check.passed]
+    return [check for check in compare([draw], candidate, **case.formats) if not check.passed]
 
 
 def check_formats(record: RunRecord) -> None:

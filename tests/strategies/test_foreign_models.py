@@ -41,6 +41,11 @@ def test_a_mean_over_some_targets_is_the_whole_batchs(
     assert disagreements(foreign(name, strategy), tmp_path, references) == []
 
 
+@pytest.mark.parametrize("strategy", in_tiers(["zero3", "fsdp", "pipeline"], ["pipeline"]))
+def test_one_hook_may_call_another(strategy: str, tmp_path: Path, references: Callable) -> None:
+    assert disagreements(foreign("ValidatesByTrainingStep", strategy), tmp_path, references) == []
+
+
 class CountsAlike(pl.Callback):
     """The fault of every mean of means: each micro-batch counts as much as the others."""
 
