@@ -52,9 +52,14 @@ def unresolved(error: OmegaConfBaseException, choices: dict[str, str | None]) ->
 
 def compose(overrides: list[str]) -> dict[str, Any]:
     """The tree of one run from overrides as the command line takes them, outside of a Hydra application."""
+    return tree_of(*composed(overrides))
+
+
+def composed(overrides: list[str]) -> tuple[DictConfig, Any]:
+    """The task's config, interpolations unresolved, and Hydra's own."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         whole = hydra_compose("config", overrides=spelled(overrides), return_hydra_config=True)
     OmegaConf.set_struct(whole, False)
     hydra = whole.pop("hydra")
     whole.pop("resume_sweep")
-    return tree_of(whole, hydra)
+    return whole, hydra

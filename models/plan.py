@@ -45,6 +45,9 @@ class ParallelPlan:
     `tensor` maps FQN globs of modules to a name in TENSOR_STYLES; `splits` has the sizes that it divides, by the config
     keys that set them (`model.net.num_heads`). `tied` pairs the FQNs of a parameter that is one object in two places;
     the first is its owner.
+
+    `keep_dtype` has FQN globs of buffers that stay in their own format where the weights are in 16 bits: a table of
+    angles, say, of which bfloat16 would leave 3 digits.
     """
 
     net: str = "net"
@@ -54,6 +57,7 @@ class ParallelPlan:
     tensor: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, int] = field(default_factory=dict)
     tied: tuple[tuple[str, str], ...] = ()
+    keep_dtype: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for pattern, style in self.tensor.items():

@@ -25,7 +25,7 @@ class Task(LightningModule, ABC):
     def __init__(
         self,
         *,
-        net: Callable[[], nn.Module],
+        net: Callable[..., nn.Module],
         optimizer: Callable[..., Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None,
     ) -> None:
@@ -38,7 +38,11 @@ class Task(LightningModule, ABC):
         """Build the net on the meta device, once; its weights are the strategy's to make."""
         if "net" not in dict(self.named_children()):
             with torch.device("meta"):
-                self.net = self._make_net()
+                self.net = self.make_net()
+
+    def make_net(self) -> nn.Module:
+        """The net, with what it is to know of its task."""
+        return self._make_net()
 
     @property
     def plan(self) -> ParallelPlan:

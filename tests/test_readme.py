@@ -16,7 +16,7 @@ from launch.job import Job, resolve
 from launch.schema import validate
 from launch.verify import VERIFY_OVERRIDES, expand
 from scripts import bench, compare, convert
-from tests.launch.command import REPOSITORY, TINY, user_environment
+from tests.launch.command import REPOSITORY, user_environment
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -115,13 +115,7 @@ def run(command: str, clone: Path) -> None:
 
 
 def test_the_shortest_path_runs(clone: Path) -> None:
-    run(shlex.join([*shlex.split(commands()[0]), *SHORT_RUN]), clone)
-
-
-@pytest.mark.full
-def test_a_proof_runs(clone: Path) -> None:
-    (command,) = [command for command in commands() if "verify.py" in command and "model=" not in command]
-    run(shlex.join([*shlex.split(command), *TINY, ONE_THREAD]), clone)
+    run(shlex.join([*shlex.split(commands()[0]), *SHORT_RUN, "data.sequence_length=32"]), clone)
 
 
 @pytest.mark.full
@@ -133,8 +127,10 @@ def test_commands_of_the_readme_run(clone: Path) -> None:
             words[-1] = newest_of(words[-1], clone)
         if "verify.py" in command:
             words += ["trainer.max_steps=2", ONE_THREAD]
+        if not any(word in command for word in ("data=", "recipe=", "resume", "compare.py")):
+            words += ["data.sequence_length=32"]
         elif "train.py" in command and "resume_sweep=" not in command:
-            words += [*SHORT_RUN, *(["trainer.max_steps=3"] if "resume=" in command else [])]
+            words += [*SHORT_RUN, *(["trainer.max_steps=3", "data.sequence_length=32"] if "resume=" in command else [])]
         if "data.tokenizer=bpe" in command:
             words += ["data.vocab_size=300"]  # the test's book is a short one
         run(shlex.join(words), clone)

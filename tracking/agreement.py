@@ -242,12 +242,21 @@ def compare(draws: Sequence[Draw], candidate: Evidence, *, master: str, paramete
         ),
         compare_weights(draws, candidate, u),
     ]
-    if first.exact.val_losses and not candidate.val_losses:
-        checks.append(worst("validation loss", [Point("no rank has one", np.inf, 0.0, 0.0)]))
-    elif first.exact.val_losses:
-        validated = [(draw.exact.val_losses[:1], draw.reference.val_losses[:1]) for draw in draws]
-        checks.append(compare_series("validation loss", validated, [candidate.val_losses], u))
+    if first.exact.val_losses:
+        checks.append(compare_validation(draws, candidate, u))
     return checks
+
+
+def compare_validation(draws: Sequence[Draw], candidate: Evidence, u: float) -> Check:
+    """Compare the validation loss, of which each rank has one, behind the last step."""
+    if not candidate.val_losses:
+        return worst("validation loss", [Point("no rank has one", np.inf, 0.0, 0.0)])
+    validated = [(draw.exact.val_losses[:1], draw.reference.val_losses[:1]) for draw in draws]
+    return compare_series("validation loss", validated, [candidate.val_losses], u)
+
+
+def differs_in_validation_alone(checks: Sequence[Check]) -> bool:
+    return [check.quantity for check in checks if not check.passed] == ["validation loss"]
 
 
 def cause_of(
@@ -264,6 +273,8 @@ def cause_of(
         return f"First: other initial weights, at {check.where}."
     if check := failed.get("samples"):
         return f"First: other samples, at {check.where}."
+    if differs_in_validation_alone(checks):
+        return "Only the validation loss differs, on the same weights: validation_step does something else there."
     where = first_difference(draws, candidate)
     if cut is not None and differs(draws, cut):
         norms = exact.traits.get("batch_norms")

@@ -35,6 +35,7 @@ from models.plan import ParallelPlan
 LOGITS_AT_ONCE = 2**25
 
 NORM_EPS = 1e-5  # GPT-2 and Llama 3 alike
+IGNORED = -100  # a target that does not count: torch's own number for it
 
 
 class TokenEmbedding(nn.Module):
@@ -60,25 +61,29 @@ class TokenEmbedding(nn.Module):
 class LanguageHead(nn.Module):
     """Hidden states to logits, or straight to the loss without ever holding all logits."""
 
-    def __init__(self, *, hidden_size: int, vocab_size: int, std: float, loss_chunk_tokens: int | None) -> None:
+    def __init__(
+        self, *, hidden_size: int, vocab_size: int, std: float, loss_chunk_tokens: int | None, ignores_targets: bool
+    ) -> None:
         super().__init__()
         self.logits = Linear(hidden_size, vocab_size, bias=False, std=std)
         self.chunk_tokens = loss_chunk_tokens or max(1, LOGITS_AT_ONCE // vocab_size)
+        self.ignores_targets = ignores_targets
 
     def forward(self, x: Tensor, *, targets: Tensor | None = None) -> Tensor:
-        """[batch, time, hidden] -> logits [batch, time, vocab], or the mean loss over all targets [batch, time]."""
+        """[batch, time, hidden] -> logits [batch, time, vocab], or the mean loss over the targets [batch, time]."""
         if targets is None:
             return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()
+        num_targets: Tensor | int = (targets != IGNORED).sum().clamp(min=1) if self.ignores_targets else len(targets)
         num_chunks = math.ceil(len(targets) / self.chunk_tokens)
         if num_chunks == 1:
-            return self._summed_loss(x, targets) / len(targets)
+            return self._summed_loss(x, targets) / num_targets
         # Each chunk's logits are computed again in backward instead of kept. Nothing here is random: no RNG to restore.
         losses = [
             checkpoint(self._summed_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(x.chunk(num_chunks), targets.chunk(num_chunks), strict=True)
         ]
-        return torch.stack(losses).sum() / len(targets)
+        return torch.stack(losses).sum() / num_targets
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy summed over the tokens, in float32 or wider: bfloat16 sums lose whole tokens."""
@@ -90,8 +95,9 @@ class GPT(nn.Module):
     """Pre-norm decoder. `forward(tokens)` gives logits, `forward(tokens, targets=targets)` the mean cross-entropy.
 
     tokens and targets are int64 [batch, time], logits [batch, time, vocab]; the loss is a scalar in nats, every target
-    counting alike. With `targets` the head works in chunks of `loss_chunk_tokens` tokens; None chooses by the size of
-    the logits, and a number of at least a micro-batch's tokens turns chunks off.
+    counting alike, or each that is not IGNORED if `ignores_targets`. With `targets` the head works in chunks of
+    `loss_chunk_tokens` tokens; None chooses by the size of the logits, and a number of at least a micro-batch's tokens
+    turns chunks off.
 
     Initial weights are N(0, init_std), those of the projections into the residual stream N(0, init_std / sqrt(2 *
     num_layers)) (Radford et al. 2019, section 2.3), biases 0, norms 1. ValueError for sizes that do not fit together.
@@ -115,6 +121,7 @@ class GPT(nn.Module):
         bias: bool = False,
         init_std: float = 0.02,
         loss_chunk_tokens: int | None = None,
+        ignores_targets: bool = False,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -156,7 +163,11 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(make_block() for _ in range(num_layers))
         self.norm = make_norm()
         self.head = LanguageHead(
-            hidden_size=hidden_size, vocab_size=vocab_size, std=init_std, loss_chunk_tokens=loss_chunk_tokens
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            std=init_std,
+            loss_chunk_tokens=loss_chunk_tokens,
+            ignores_targets=ignores_targets,
         )
         if tie_embeddings:
             self.head.logits.weight = self.embed.tokens.weight

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -242,6 +242,25 @@ def written_down(construction: Construction) -> Iterator[None]:
         construction.depth -= 1
 
 
+# Nets whose initialisation has been made up for.
+INITIALIZED: WeakSet[nn.Module] = WeakSet()
+
+
+def initialize_late(module: nn.Module) -> None:
+    """Have nets initialise themselves that leave that out where they are built on meta.
+
+    transformers does (5.24: PreTrainedModel.init_weights), whose `initialize_weights` is then called by whoever gives
+    the net real tensors.
+    """
+    is_late = callable(getattr(module, "initialize_weights", None)) and callable(getattr(module, "_init_weights", None))
+    if not is_late:
+        for part in module.children():
+            initialize_late(part)
+    elif module not in INITIALIZED and any(parameter.is_meta for parameter in module.parameters()):
+        INITIALIZED.add(module)
+        cast(Any, module).initialize_weights()
+
+
 @contextmanager
 def constructing(module: nn.Module) -> Iterator[None]:
     """Note what builds the parts of `module` that are built inside, such as `configure_model`."""
@@ -253,5 +272,7 @@ def constructing(module: nn.Module) -> Iterator[None]:
 
 def keep(construction: Construction, module: nn.Module) -> None:
     """Let what was written down be what made `module`."""
+    with written_down(construction):
+        initialize_late(module)
     construction.remember(module)
     CONSTRUCTIONS[module] = construction

@@ -35,7 +35,7 @@ from strategies.engines.finite import GRADIENTS, StepGuard, leave_out_when
 from strategies.engines.materialize import materialize
 from strategies.engines.micro_batches import MicroBatches
 from strategies.engines.own_code import Reads, check_copies
-from strategies.engines.precision import BuildsInItsOwnFormat, LossScaler, autocast_inside, name
+from strategies.engines.precision import KeepsBuffers, LossScaler, autocast_inside, name
 from strategies.engines.probing import scope_of
 from strategies.engines.shards import whole_parameter
 from strategies.spec import Run
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from strategies.zero import Zero
 
 
-class ZeroPrecision(BuildsInItsOwnFormat, DeepSpeedPrecision):
-    """Lightning's plugin, but for how a net is built."""
+class ZeroPrecision(KeepsBuffers, DeepSpeedPrecision):
+    """Lightning's plugin, but for how a net is built, and what of it is narrowed."""
 
 
 class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):

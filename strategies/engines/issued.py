@@ -4,7 +4,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import _world
+
+# Public since torch 2.14, which warns of its old name.
+set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
 
 
 def collectives_issued() -> dict[str, int]:
@@ -30,4 +34,4 @@ def set_timeouts(seconds: float) -> None:
     """Have all groups of this rank wait so long; whoever has made them, as a rule they were given torch's default."""
     if dist.is_initialized():
         for group in list(_world.pg_map):
-            _set_pg_timeout(timedelta(seconds=seconds), group)
+            set_timeout(timedelta(seconds=seconds), group)

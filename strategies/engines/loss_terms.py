@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 NUM_TARGETS = "num_targets"  # by which a training step may say over how many things its loss is a mean
@@ -33,6 +34,7 @@ PASSES_ON = {
     "UnsqueezeBackward0",
     "ViewBackward0",
     # torch's and DeepSpeed's own, around what a module returns.
+    "RedistributeBackward",
     "_ToTorchTensorBackward",
     "PostBackwardFunctionModuleBackward",
     "PreBackwardFunctionForModuleBackward",
@@ -66,7 +68,7 @@ def terms_in(node: Any) -> Iterator[Terms]:
     name, inputs = node.name(), [inner for inner, _ in node.next_functions]
     if name in ("NllLossBackward0", "NllLoss2DBackward0") and node._saved_reduction == MEAN:
         # The sum of the classes' weights, if there are any.
-        yield Terms(node._saved_total_weight, node._saved_target.numel(), varies=True)
+        yield Terms(whole(node._saved_total_weight), node._saved_target.numel(), varies=True)
     elif name in MEANS_OF_ELEMENTS and node._saved_reduction == MEAN:
         yield same_always(node._saved_self.numel())
     elif name in ("MeanBackward0", "MeanBackward1") and inputs[0] is not None and inputs[0].name() not in ADDS_UP:
@@ -75,7 +77,7 @@ def terms_in(node: Any) -> Iterator[Terms]:
         summed, divisor = inputs[0], node._saved_other
         numel = numel_summed(summed)
         if numel is not None:
-            yield divided(numel, divisor)
+            yield divided(numel, whole(divisor))
         else:
             yield from terms_in(summed)
     elif name in ADDS_UP or name in ("MeanBackward0", "SumBackward0"):
@@ -83,6 +85,11 @@ def terms_in(node: Any) -> Iterator[Terms]:
             yield from terms_in(inner)
     elif name in PASSES_ON and len(given := [inner for inner in inputs if inner is not None]) == 1:
         yield from terms_in(given[0])
+
+
+def whole(number: Any) -> Any:
+    """A count as a plain tensor; where logits are split over ranks it is a DTensor, whole on each of them."""
+    return number.to_local() if isinstance(number, DTensor) else number
 
 
 def divided(numel: float, divisor: Tensor | float) -> Terms:

@@ -1,6 +1,6 @@
 """Lightning's precision plugins for our own number formats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.plan import ParallelPlan, matches
 from strategies import spec
 from strategies.checkpoint import LossScale
 
@@ -22,16 +23,46 @@ class BuildsInItsOwnFormat(Precision):
     ones; here it is built as its own code has it, and converted.
     """
 
+    def tensor_init_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def module_init_context(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+class KeepsBuffers(BuildsInItsOwnFormat):
+    """Mixed into plugins that narrow weights: what the net's plan says keeps its format."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        kept = list(buffers_to_keep(module))
+        module = super().convert_module(module)
+        for owner, key, buffer in kept:
+            owner._buffers[key] = buffer
+        return module
+
+
+def buffers_to_keep(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Those that `ParallelPlan.keep_dtype` names: owner, name there, and the buffer; ValueError if it names none."""
+    plan = getattr(module, "plan", None)
+    if not isinstance(plan, ParallelPlan) or not plan.keep_dtype:
+        return
+    net = module.get_submodule(plan.net)
+    named = dict(net.named_buffers())
+    for pattern in plan.keep_dtype:
+        found = [fqn for fqn in named if matches(pattern, fqn)]
+        if not found:
+            raise ValueError(f"plan.keep_dtype: {pattern!r} matches no buffer of the net; correct the FQN or the glob.")
+        for fqn in found:
+            owner, _, key = fqn.rpartition(".")
+            yield net.get_submodule(owner), key, named[fqn]
 
 
 class Double(BuildsInItsOwnFormat, DoublePrecision):
     """All in float64."""
 
 
-class Half(BuildsInItsOwnFormat, HalfPrecision):
-    """All in one format of 16 bits."""
+class Half(KeepsBuffers, HalfPrecision):
+    """All in one format of 16 bits, but for buffers that are to keep theirs."""
 
 
 class Autocast(MixedPrecision):

@@ -1,16 +1,17 @@
 """Training a case on forked ranks, and what `verify` would say of it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.compose import compose
 from launch.fork import import_engine
 from launch.job import Job, resolve
 from launch.schema import validate
 from launch.worker import build_model, on_meta, stats_of, train
 from models.stats import ModelStats
 from tests.agreement.cases import Case
+from tests.composing import compose_fast
 from tests.harness import run_ranks
 from tracking.agreement import Check, Draw, another_draw_matters, compare, other_micro_batches
 from tracking.evidence import Evidence
@@ -18,7 +19,7 @@ from tracking.record import RunRecord
 
 
 def job_of(overrides: list[str], folder: Path) -> Job:
-    job = Job.of(resolve(validate(compose([*overrides, f"run_dir='{folder}'"]))))
+    job = Job.of(resolve(validate(compose_fast([*overrides, f"run_dir='{folder}'"]))))
     job.data.prepare()
     return job
 
@@ -26,10 +27,20 @@ def job_of(overrides: list[str], folder: Path) -> Job:
 def train_case(overrides: list[str], folder: Path, fault: type | None = None) -> Evidence:
     """The evidence of one run on forked ranks, with a fault planted if one is given."""
     job = job_of(overrides, folder)
-    # Counted once, not by each of as many ranks as there are cores to share.
-    stats = stats_of(on_meta(build_model(job.config)), job) if job.mesh.cuts else None
-    run_job(job, train_rank, job, fault, stats)
+    run_job(job, train_rank, job, fault, counted(job) if job.mesh.cuts else None)
     return Evidence.load(folder)
+
+
+COUNTED: dict[str, ModelStats | None] = {}
+
+
+def counted(job: Job) -> ModelStats | None:
+    """Counts of a job's model, made once and not by each rank of each case."""
+    data = {key: value for key, value in job.config.data.items() if not key.endswith("_batch_size")}
+    key = json.dumps([job.config.model, data], default=str, sort_keys=True)
+    if key not in COUNTED:
+        COUNTED[key] = stats_of(on_meta(build_model(job.config)), job)
+    return COUNTED[key]
 
 
 def run_job(job: Job, function: Callable[..., Any], *args: Any) -> None:

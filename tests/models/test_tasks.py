@@ -106,6 +106,20 @@ def test_a_language_model_predicts_the_next_token() -> None:
     torch.testing.assert_close(module.training_step(batch, 0), expected)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 8])
+def test_a_prompt_is_no_target(chunk_tokens: int | None) -> None:
+    make_net = partial(MAKE_GPT, loss_chunk_tokens=chunk_tokens)
+    module, batch = built(LanguageModel(net=make_net, prompt_end=60, **PARTS)), batches()[LanguageModel][0]
+    batch = batch.clamp(max=59)
+    batch[0, 3] = batch[1, 0] = batch[1, 9] = 60  # the others have no target at all
+    logits: Any = module.net(batch[:, :-1])  # type: ignore[operator]
+    counted = [*((0, t) for t in range(3, 16)), *((1, t) for t in range(16))]
+    expected = sum(cross_entropy(logits[i, t], batch[i, t + 1]) for i, t in counted) / len(counted)
+    torch.testing.assert_close(module.training_step(batch, 0), expected)
+    without: Any = module.training_step(batch[2:], 0)
+    assert without.item() == 0
+
+
 @TASKS
 def test_a_net_learns_one_batch_by_heart(task: type[LightningModule], make_net: Callable[[], nn.Module]) -> None:
     module, batch = built(task(net=make_net, **PARTS)), batches()[task][0]

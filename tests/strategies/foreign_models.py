@@ -81,6 +81,33 @@ class ValidatesByTrainingStep(Blocks):
         self.log("val/loss", self.training_step(batch, batch_idx), batch_size=len(batch[1]), sync_dist=True)
 
 
+def angles() -> Tensor:
+    """As of rotary positions far into a sequence: bfloat16 holds the last of them to within 2 radians."""
+    return torch.linspace(0, 500, 32)
+
+
+class Turn(nn.Module):
+    """A block that multiplies by a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(32)
+        self.register_buffer("table", angles(), persistent=False)
+        self.register_buffer("narrowed", torch.ones(32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table: Any = self.table
+        narrowed: Any = self.narrowed
+        return self.block(x * narrowed) * table.cos().to(x.dtype)
+
+
+class KeepsAngles(Blocks):
+    plan = ParallelPlan(stem=("0",), blocks=("1", "2"), head=("3",), keep_dtype=("*.table",))
+
+    def configure_model(self) -> None:
+        self.net = nn.Sequential(nn.Linear(64, 32), Turn(), Turn(), nn.Linear(32, 10))
+
+
 class Contrastive(Blocks):
     """Looks at the other samples of its batch: what it computes depends on how a batch is cut, for good."""
 
@@ -143,6 +170,27 @@ class BuildsEagerly(AppliesInit):
     def configure_model(self) -> None:
         self.net = nn.Sequential(nn.Linear(64, 32), Block(32), Block(32), nn.Linear(32, 10))
         self.apply(small)
+
+
+class LateNet(nn.Sequential):
+    """Leaves its initialisation out on the meta device, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 32), Block(32), Block(32), nn.Linear(32, 10))
+        if not next(self.parameters()).is_meta:
+            self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        self.apply(self._init_weights)
+
+    def _init_weights(self, part: nn.Module) -> None:
+        small(part)
+
+
+class InitializesLate(Blocks):
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = LateNet()
 
 
 class Taught(Blocks):

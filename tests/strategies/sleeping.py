@@ -17,7 +17,7 @@ from models.plan import ParallelPlan
 from strategies.schedules import SCHEDULES, Name
 from tests.strategies.own_models import Blocks
 
-STEPS = 5  # the first is not timed: it allocates, and makes the connections
+STEPS = 4  # the first is not timed: it allocates, and makes the connections
 
 
 # A step's other work (Lightning, optimizer, messages) is 10 to 50 ms on a machine that others use, too: against it

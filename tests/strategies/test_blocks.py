@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import ConfigError, validate
 from strategies.engines import blocks
 from strategies.engines.blocks import Again, compile_blocks, rework
+from tests.composing import compose_fast
 from tests.strategies.own_models import Block
 
 
@@ -182,7 +182,7 @@ def test_names_and_hooks_stay(compiling: bool, compiled: list[str]) -> None:
 
 
 def job_of(*words: str) -> Job:
-    return Job.of(resolve(validate(compose(["launcher.accelerator=cpu", *words]))))
+    return Job.of(resolve(validate(compose_fast(["launcher.accelerator=cpu", *words]))))
 
 
 @pytest.mark.parametrize("word", ["maybe", "every_0", "every_x", "every_", "every_2x", "2"])

@@ -1,7 +1,9 @@
 """What teams' own modules compute is what one process computes with the whole batch, or is refused by name."""
 
 import ast
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from strategies.engines.construction import constructing
 from strategies.engines.materialize import materialize
 from strategies.engines.own_code import check_copies
+from strategies.engines.precision import Half
 from tests.agreement.cases import Case, own
 from tests.agreement.training import disagreements, job_of, run_job, train_case, train_rank
 from tests.strategies import foreign_models
@@ -41,9 +44,52 @@ def test_a_mean_over_some_targets_is_the_whole_batchs(
     assert disagreements(foreign(name, strategy), tmp_path, references) == []
 
 
+@pytest.mark.parametrize("strategy", in_tiers(["ddp", "zero3", "fsdp", "tensor", "pipeline"], ["ddp", "tensor"]))
+def test_a_prompt_counts_for_nothing_however_a_batch_is_cut(strategy: str, tmp_path: Path) -> None:
+    shared = ["recipe=study_masked", "data.sequence_length=64", "logger=none", "evidence=true", "trainer.max_steps=4"]
+    shared += ["trainer.val_every_steps=null", "launcher.accelerator=cpu"]
+    whole = train_case([*shared, "strategy=single", "data.micro_batch_size=16"], tmp_path / "whole")
+    words = [f"strategy={strategy}", "launcher.devices=2", "data.micro_batch_size=2"]
+    words += ["strategy.micro_batches=2"] if strategy == "pipeline" else []
+    cut = train_case([*shared, *words], tmp_path / "cut")
+    assert cut.losses == pytest.approx(whole.losses, abs=1e-6)
+    assert cut.val_losses[0] == pytest.approx(whole.val_losses[0], abs=1e-6)
+
+
 @pytest.mark.parametrize("strategy", in_tiers(["zero3", "fsdp", "pipeline"], ["pipeline"]))
 def test_one_hook_may_call_another(strategy: str, tmp_path: Path, references: Callable) -> None:
     assert disagreements(foreign("ValidatesByTrainingStep", strategy), tmp_path, references) == []
+
+
+class AnglesStay(pl.Callback):
+    """Looks at a rank's buffers when all has been trained."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        buffers = dict(pl_module.named_buffers())
+        assert {fqn.rpartition(".")[2] for fqn in buffers} == {"table", "narrowed"}
+        for fqn, buffer in buffers.items():
+            keeps = fqn.endswith("table")
+            assert buffer.dtype == (torch.float32 if keeps else torch.bfloat16)
+            assert torch.equal(buffer, foreign_models.angles()) is keeps
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    in_tiers(
+        list(itertools.product(["single", "ddp", "zero2", "zero3", "fsdp", "pipeline"], ["bf16_pure", "bf16_master"])),
+        [("ddp", "bf16_master"), ("zero3", "bf16_pure"), ("pipeline", "bf16_pure")],
+    ),
+)
+def test_a_buffer_keeps_its_format_if_the_plan_says_so(strategy: str, precision: str, tmp_path: Path) -> None:
+    train_case(foreign("KeepsAngles", strategy, precision=precision).overrides, tmp_path, AnglesStay)
+
+
+def test_a_buffer_that_is_not_there_cannot_keep_its_format() -> None:
+    module = foreign_models.KeepsAngles(net=None, optimizer=torch.optim.SGD, scheduler=None)
+    module.configure_model()
+    module.plan = replace(module.plan, keep_dtype=("*.tables",))
+    with pytest.raises(ValueError, match=r"keep_dtype: '\*\.tables' matches no buffer"):
+        Half("bf16-true").convert_module(module)
 
 
 class CountsAlike(pl.Callback):
@@ -88,11 +134,14 @@ def test_ranks_that_draw_alike_are_noticed(tmp_path: Path, references: Callable)
     assert {check.quantity for check in checks if not check.passed} >= {"loss", "weights"}
 
 
+BUILDERS = ["AppliesInit", "BuildsEagerly", "InitializesLate"]
+
+
 @pytest.mark.parametrize(
     ("name", "strategy"),
     in_tiers(
-        [(name, way) for name in ("AppliesInit", "BuildsEagerly") for way in ("ddp", "zero3", "fsdp", "pipeline")],
-        [("AppliesInit", "zero3"), ("BuildsEagerly", "fsdp")],
+        list(itertools.product(BUILDERS, ["ddp", "zero3", "fsdp", "pipeline"])),
+        [("AppliesInit", "zero3"), ("BuildsEagerly", "fsdp"), ("InitializesLate", "pipeline")],
     ),
 )
 def test_a_net_starts_with_what_its_own_code_gave_it(
@@ -103,6 +152,12 @@ def test_a_net_starts_with_what_its_own_code_gave_it(
     exact = references(case, case.global_batch).exact.first_weights[0]
     assert 0.01 < exact["net.0.weight"].std() < 0.03
     assert exact["net.3.bias"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("precision", in_tiers(["fp64", "bf16_pure"], ["fp64"]))
+def test_a_net_is_drawn_in_its_own_format(precision: str, tmp_path: Path, references: Callable) -> None:
+    checks = disagreements(foreign("BuildsEagerly", "ddp", precision=precision), tmp_path, references)
+    assert "initial weights" not in {check.quantity for check in checks}
 
 
 @pytest.mark.parametrize("strategy", in_tiers(["ddp", "zero2"], ["zero2"]))

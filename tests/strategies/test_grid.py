@@ -2,17 +2,17 @@
 
 import pytest
 
-from launch.compose import compose
 from launch.job import Job, resolve
 from launch.schema import ConfigError, validate
 from models.plan import Chain, ParallelPlan
 from strategies.grid import Grid
+from tests.composing import compose_fast
 
 PIPELINE = ["strategy=pipeline", "data.micro_batch_size=8"]
 
 
 def job_of(*words: str) -> Job:
-    return Job.of(resolve(validate(compose(["model=gpt_tiny", "launcher.accelerator=cpu", *words]))))
+    return Job.of(resolve(validate(compose_fast(["model=gpt_tiny", "launcher.accelerator=cpu", *words]))))
 
 
 def grid_of(*words: str) -> Grid:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from launch import preflight
-from launch.compose import compose
 from launch.job import Job, resolve, run_of
 from launch.schema import validate
 from launch.worker import build_model, on_meta, stats_of
@@ -23,6 +22,7 @@ from strategies.engines.shards import local
 from strategies.grid import Grid
 from tests.agreement.cases import own
 from tests.agreement.training import disagreements, job_of, train_case
+from tests.composing import compose_fast
 from tests.harness import run_ranks
 from tests.tiers import in_tiers
 
@@ -256,7 +256,7 @@ def test_llama_8b_is_cut_for_8_ranks_without_the_memory_of_its_weights(strategy:
         "launcher.accelerator=cpu",
         f"run_dir='{tmp_path}'",
     ]
-    job = Job.of(resolve(validate(compose([*words, *batch]))))
+    job = Job.of(resolve(validate(compose_fast([*words, *batch]))))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     ranks = [0, 3, 7]
     for rank in ranks:

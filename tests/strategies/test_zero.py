@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from launch.compose import compose
 from launch.job import Job, resolve, run_of
 from launch.schema import ConfigError, validate
 from strategies.zero import PlusPlus, Zero
+from tests.composing import compose_fast
 
 
 def job_of(*words: str) -> Job:
-    return Job.of(resolve(validate(compose(["model=gpt_tiny", "launcher.accelerator=cpu", *words]))))
+    return Job.of(resolve(validate(compose_fast(["model=gpt_tiny", "launcher.accelerator=cpu", *words]))))
 
 
 def config_of(sizes: list[int], *words: str, on_gpu: bool = False) -> dict[str, Any]:

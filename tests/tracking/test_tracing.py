@@ -7,6 +7,7 @@ import os
 import time
 from itertools import pairwise, product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -195,7 +196,8 @@ def test_a_pipelines_idle_share_is_its_bubble(setting: Setting, tmp_path: Path) 
             stages = range(rank, 2 * setting.rank_stages, 2)
             assert sorted(done) == sorted(2 * list(product(stages, range(setting.micro_batches))))
             seconds = setting.block_s * (1 if category == "forward" else 2)
-            assert all(1e-6 * event.duration == pytest.approx(seconds, rel=0.25) for event in events)
+            # The median: one of them may have had to wait for a core.
+            assert 1e-6 * median(event.duration for event in events) == pytest.approx(seconds, rel=0.25)
 
 
 SINGLE = [*DEEP_ODD, "data.micro_batch_size=24", "strategy=single", "launcher.devices=1"]
