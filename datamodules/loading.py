@@ -129,7 +129,8 @@ class SampleDataModule(LightningDataModule):
         """The same samples whatever the strategy; their batches differ in size by at most one."""
         samples = self._data.val_samples()
         chosen = evenly_spaced(len(samples), self._data.max_val_samples)
-        batches = evaluation_batches(len(chosen), self._data.micro_batch_size, *self._data_slice())
+        size = self._data.val_batch_size or self._data.micro_batch_size
+        batches = evaluation_batches(len(chosen), size, *self._data_slice())
         sampler = [chosen[batch] for batch in batches]
         return DataLoader(self._batches(samples), sampler=sampler, **self._loading())
 

@@ -68,6 +68,7 @@ class SampledData(Data):
     seed: int = Field(ge=0, lt=2**32)
     num_workers: NonNegativeInt = 0
     max_val_samples: PositiveInt | None = None
+    val_batch_size: PositiveInt | None = None  # of a rank, in validation; None is micro_batch_size
 
     @abstractmethod
     def train_samples(self) -> Samples:

@@ -26,6 +26,7 @@ FREE = {
     "data.files",  # wherever they lie: what is in them must be the same
     "data.folder",
     "data.max_val_samples",
+    "data.val_batch_size",
 }
 
 

@@ -127,10 +127,10 @@ def test_commands_of_the_readme_run(clone: Path) -> None:
             words[-1] = newest_of(words[-1], clone)
         if "verify.py" in command:
             words += ["trainer.max_steps=2", ONE_THREAD]
-        if not any(word in command for word in ("data=", "recipe=", "resume", "compare.py")):
-            words += ["data.sequence_length=32"]
         elif "train.py" in command and "resume_sweep=" not in command:
             words += [*SHORT_RUN, *(["trainer.max_steps=3", "data.sequence_length=32"] if "resume=" in command else [])]
+        if not any(word in command for word in ("data=", "recipe=", "resume", "compare.py")):
+            words += ["data.sequence_length=32"]
         if "data.tokenizer=bpe" in command:
             words += ["data.vocab_size=300"]  # the test's book is a short one
         run(shlex.join(words), clone)

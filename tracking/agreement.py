@@ -274,7 +274,10 @@ def cause_of(
     if check := failed.get("samples"):
         return f"First: other samples, at {check.where}."
     if differs_in_validation_alone(checks):
-        return "Only the validation loss differs, on the same weights: validation_step does something else there."
+        return (
+            "Only the validation loss differs, on the same weights: what validation_step logs depends on how its "
+            "samples are cut (a mean over targets is to be logged with batch_size=<their number>), or on the rank."
+        )
     where = first_difference(draws, candidate)
     if cut is not None and differs(draws, cut):
         norms = exact.traits.get("batch_norms")

@@ -29,13 +29,17 @@ def shard(
 
     `units` are its parts by name, in forward order. A parameter that stands in two places cannot be gathered with the
     one or the other: it belongs to the root, and stays gathered from forward to backward. keep_last: where backward
-    follows at once, what forward gathers last stays for it.
+    follows at once, what forward gathers last stays for it. A parameter without dims, which torch refuses to shard,
+    stays whole on every rank; its gradients are left to the caller to average, as those of parameters outside of root.
     """
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
         "reshard_after_forward": reshard_after_forward,
     }
+    scalars = {parameter for parameter in root.parameters() if parameter.dim() == 0}
+    if scalars:
+        options["ignored_params"] = scalars
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     uses = Counter(parameter for _, parameter in root.named_parameters(remove_duplicate=False))

@@ -49,6 +49,8 @@ SAID = {
     "Drops": ("agrees", "dropout is switched off (net.1"),
     "Noisy": ("agrees", "the step draws at random"),
     "Masked": ("agrees", "certificates in"),
+    "NoFloat64": ("agrees", "the model has no float64: compared with fp32 on whole batches"),
+    "NoFloat64AndHalf": ("disagrees", "First at the loss of step 0"),
 }
 
 

@@ -108,6 +108,40 @@ class KeepsAngles(Blocks):
         self.net = nn.Sequential(nn.Linear(64, 32), Turn(), Turn(), nn.Linear(32, 10))
 
 
+class Scaled(nn.Module):
+    """A block with a parameter without dims, as CLIP's temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(32)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) * self.scale.exp()
+
+
+class HasScalars(Blocks):
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), Scaled(), Scaled(), nn.Linear(32, 10))
+
+
+class NoFloat64(Blocks):
+    """Does something that there is in float32 alone, as grouped matrix products are."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if next(self.parameters()).dtype == torch.float64:
+            raise RuntimeError("expected Float32 or BFloat16, got Double")
+        return super().training_step(batch, batch_idx)
+
+
+class NoFloat64AndHalf(NoFloat64):
+    """With a fault of its own: one rank trains on half of its loss."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (0.5 if self.global_rank == 1 else 1.0)
+
+
 class Contrastive(Blocks):
     """Looks at the other samples of its batch: what it computes depends on how a batch is cut, for good."""
 

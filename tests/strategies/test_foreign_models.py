@@ -44,7 +44,7 @@ def test_a_mean_over_some_targets_is_the_whole_batchs(
     assert disagreements(foreign(name, strategy), tmp_path, references) == []
 
 
-@pytest.mark.parametrize("strategy", in_tiers(["ddp", "zero3", "fsdp", "tensor", "pipeline"], ["ddp", "tensor"]))
+@pytest.mark.parametrize("strategy", in_tiers(["ddp", "fsdp", "tensor", "pipeline"], ["ddp", "tensor"]))
 def test_a_prompt_counts_for_nothing_however_a_batch_is_cut(strategy: str, tmp_path: Path) -> None:
     shared = ["recipe=study_masked", "data.sequence_length=64", "logger=none", "evidence=true", "trainer.max_steps=4"]
     shared += ["trainer.val_every_steps=null", "launcher.accelerator=cpu"]
@@ -54,6 +54,12 @@ def test_a_prompt_counts_for_nothing_however_a_batch_is_cut(strategy: str, tmp_p
     cut = train_case([*shared, *words], tmp_path / "cut")
     assert cut.losses == pytest.approx(whole.losses, abs=1e-6)
     assert cut.val_losses[0] == pytest.approx(whole.val_losses[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", in_tiers(["ddp", "fsdp", "hsdp", "2d_pipeline"], ["fsdp"]))
+def test_a_parameter_may_have_no_dims(strategy: str, tmp_path: Path, references: Callable) -> None:
+    case = foreign("HasScalars", strategy, **({"world_size": 4} if strategy == "hsdp" else {}))
+    assert disagreements(case, tmp_path, references) == []
 
 
 @pytest.mark.parametrize("strategy", in_tiers(["zero3", "fsdp", "pipeline"], ["pipeline"]))
