@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -130,7 +130,7 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
             module,
             self.root_device,
             self.run.seed,
-            after=lambda made: shards._convert_to_zero_parameters(made.parameters(recurse=False)),
+            after=lambda made: convert(shards, list(made.parameters(recurse=False))),
         )
         # DeepSpeed moves no net that is sharded already: buffers that were not on meta are still where they were made.
         for part in module.modules():
@@ -155,13 +155,14 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
                 f"{len(optimizers)}; give one, or choose strategy=ddp."
             )
         self.check_scope(optimizers[0])
-        engine, optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizers[0],
-            model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
-            config=self.config,
-            dist_init_required=False,
-        )
+        with not_broadcast(module.parameters()):
+            engine, optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizers[0],
+                model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+                config=self.config,
+                dist_init_required=False,
+            )
         engine.set_gradient_accumulation_boundary(True)
         if self.scaler:
             optimizer.override_loss_scale(self.scaler.value)
@@ -412,11 +413,30 @@ def check_module(module: pl.LightningModule, strategy: str, stage: int) -> None:
                 f"strategy={strategy}: DeepSpeed clips and runs backward itself and would ignore {kind}.{hook}; leave "
                 f"it out (trainer.clip_norm clips by the global norm), or choose strategy=ddp."
             )
-    for fqn, parameter in module.named_parameters():
-        if parameter.dim() == 0:
-            raise ValueError(
-                f"strategy={strategy}: DeepSpeed cannot hold {kind}'s parameter {fqn} of shape (); give it shape (1,)."
-            )
+
+
+# DeepSpeed (0.19) broadcasts a parameter as bytes, as which torch views nothing that has no dims.
+
+
+@contextmanager
+def not_broadcast(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters without dims are left out: all ranks have given them the same value."""
+    scalars: list[Any] = [parameter for parameter in parameters if parameter.dim() == 0]
+    for scalar in scalars:
+        scalar.ds_optim_param = True  # DeepSpeed's own mark for what differs between ranks
+    yield
+    for scalar in scalars:
+        del scalar.ds_optim_param
+
+
+def convert(shards: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Have stage 3 hold the parameters of one module in parts; those without dims have one on the way."""
+    scalars: list[Any] = [parameter for parameter in parameters if parameter.dim() == 0]
+    for scalar in scalars:
+        scalar.data = scalar.data.reshape(1)
+    shards._convert_to_zero_parameters(parameters)
+    for scalar in scalars:
+        scalar.ds_shape = torch.Size([])  # in which it is gathered
 
 
 def check_compiled(module: pl.LightningModule, strategy: str) -> None:
@@ -463,7 +483,7 @@ def shapes_shown(module: nn.Module) -> Iterator[None]:
     sharded: list[Any] = list(module.parameters())
     held = [parameter.data for parameter in sharded]
     for parameter in sharded:
-        parameter.data = parameter.new_empty(1).expand(parameter.ds_shape)
+        parameter.data = parameter.new_empty(()).expand(parameter.ds_shape)
     try:
         yield
     finally:

@@ -102,12 +102,6 @@ class ClipsByItself(Blocks):
         self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="norm")
 
 
-class HasScalar(Blocks):
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.temperature = nn.Parameter(torch.ones(()))
-
-
 class StepsTwiceBackward(Blocks):
     def __init__(self, net: object, optimizer: Callable[..., Optimizer], scheduler: object) -> None:
         super().__init__(net, optimizer, scheduler)

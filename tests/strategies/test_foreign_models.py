@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from strategies.checkpoint import newest
 from strategies.engines.construction import constructing
 from strategies.engines.materialize import materialize
 from strategies.engines.own_code import check_copies
@@ -56,10 +57,26 @@ def test_a_prompt_counts_for_nothing_however_a_batch_is_cut(strategy: str, tmp_p
     assert cut.val_losses[0] == pytest.approx(whole.val_losses[0], abs=1e-6)
 
 
-@pytest.mark.parametrize("strategy", in_tiers(["ddp", "fsdp", "hsdp", "2d_pipeline"], ["fsdp"]))
+SCALAR_WAYS = ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp", "hsdp", "2d_pipeline"]
+
+
+@pytest.mark.parametrize("strategy", in_tiers(SCALAR_WAYS, ["zero2", "zero3", "fsdp"]))
 def test_a_parameter_may_have_no_dims(strategy: str, tmp_path: Path, references: Callable) -> None:
     case = foreign("HasScalars", strategy, **({"world_size": 4} if strategy == "hsdp" else {}))
     assert disagreements(case, tmp_path, references) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), in_tiers([("zero3", "fsdp"), ("fsdp", "zero2"), ("zero2", "zero3")], [("zero3", "fsdp")])
+)
+def test_a_parameter_without_dims_is_resumed_under_another_strategy(first: str, second: str, tmp_path: Path) -> None:
+    whole = train_case(foreign("HasScalars", first).overrides, tmp_path / "whole")
+    halved = [*foreign("HasScalars", first).overrides, "trainer.max_steps=2", "checkpoint.at_end=true"]
+    train_case(halved, tmp_path / "first")
+    resumed = [*foreign("HasScalars", second).overrides, f"resume='{newest(tmp_path / 'first')}'"]
+    after = train_case(resumed, tmp_path / "second")
+    assert after.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    assert after.val_losses[0] == pytest.approx(whole.val_losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", in_tiers(["zero3", "fsdp", "pipeline"], ["pipeline"]))
