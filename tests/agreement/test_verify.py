@@ -50,6 +50,7 @@ SAID = {
     "Noisy": ("agrees", "the step draws at random"),
     "Masked": ("agrees", "certificates in"),
     "NoFloat64": ("agrees", "the model has no float64: compared with fp32 on whole batches"),
+    "NoisyAndMasked": ("agrees", "its loss is a mean over targets, of which micro-batches have unlike numbers"),
     "NoFloat64AndHalf": ("disagrees", "First at the loss of step 0"),
 }
 

@@ -181,6 +181,15 @@ class Noisy(Blocks):
         return cross_entropy(self.net(images.flatten(1) * share + noise * (1 - share)), labels)
 
 
+class NoisyAndMasked(Blocks):
+    """Both at once, as masked language models."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        kept = torch.rand(len(labels), 64, dtype=images.dtype) < 0.5
+        return cross_entropy(self.net(images.flatten(1) * kept), left_out(labels))
+
+
 def small(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
