@@ -25,7 +25,7 @@ test: setup  ## Run the everyday tests: what a change may break, each strategy a
 
 prove: test  ## Run all tests: also every further case, every spread at 2, 4 and 8 ranks, and what measures time.
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m '(full or matrix) and not alone'
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m alone   # beside each other they may run: they sleep
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m alone
 
 mutants: setup  ## Plant faults in a copy of the code, one by one: the tests have to catch each (not in CI).
 	@$(BIN)/python -m tests.mutants

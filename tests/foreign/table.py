@@ -48,7 +48,8 @@ def row(model: str, what: str, clone: Path) -> str:
     command = [sys.executable, "scripts/verify.py", "-m", *words, f"strategy={','.join(STRATEGIES)}", "run_dir=proof"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
-    verdicts, said = [], dict[str, None]()
+    verdicts: list[str] = []
+    said = dict[str, None]()
     for number, strategy in enumerate(STRATEGIES):
         path = clone / f"proof/{number}-candidate/certificate.json"
         if path.exists():
@@ -57,7 +58,7 @@ def row(model: str, what: str, clone: Path) -> str:
             said |= dict.fromkeys([*certificate.conditions, *([certificate.cause] if certificate.cause else [])])
         else:
             verdicts.append("refused" if "choose another strategy" in run.stderr else "failed")
-            lines = [line for line in run.stderr.splitlines() if f"strategy={strategy} " in line]
+            lines = [line for line in run.stderr.splitlines() if re.search(rf"strategy={strategy}[ :]", line)]
             said |= dict.fromkeys(line.split(": ", 1)[1] for line in lines)
     shutil.rmtree(clone / "proof", ignore_errors=True)
     return f"| `{model}` | {what} | {' | '.join(verdicts)} | {' '.join(said)} |"

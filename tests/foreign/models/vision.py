@@ -39,7 +39,15 @@ class Images(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
-class Torchvision(Images):
+class Timm(Images):
+    plan = ParallelPlan(blocks=("stages.*.blocks.*",))
+
+
+class TimmResNet(Images):
+    plan = ParallelPlan(blocks=("layer[1-4].*",))
+
+
+class Torchvision(TimmResNet):
     def make_net(self, name: str, options: dict[str, Any]) -> Any:
         return torchvision.models.get_model(name, num_classes=10, **options)
 
