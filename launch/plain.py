@@ -67,6 +67,11 @@ class Draws(pl.Callback):
         self.generators = generators_of(device)
         self.before = [generator.get_state() for generator in self.generators]
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        seed_draws(seed_of(self.seed, "validation", batch_idx), trainer.strategy.root_device)
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         now = [generator.get_state() for generator in self.generators]
         self.has_drawn |= not all(map(torch.equal, self.before, now))

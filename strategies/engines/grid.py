@@ -300,7 +300,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
         self.share_buffers()
         if self.steps is None:
             return super().validation_step(*args, **kwargs)
-        return self.steps.evaluate(self.module.validation_step, *args, **kwargs)
+        with self.validation_draws():
+            return self.steps.evaluate(self.module.validation_step, *args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         self.share_buffers()

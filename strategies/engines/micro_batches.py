@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from strategies.engines.construction import constructing
-from strategies.engines.draws import seed_draws, seed_of
+from strategies.engines.draws import draws_of, seed_draws, seed_of
 from strategies.engines.finite import StepGuard
 from strategies.engines.loss_terms import times
 from strategies.engines.own_code import Reads
@@ -76,6 +76,19 @@ class MicroBatches(Strategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.seed_by(*self.place())
         return self.weighed(super().training_step(*args, **kwargs))
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.validation_draws():
+            return super().validation_step(*args, **kwargs)
+
+    def validation_draws(self) -> AbstractContextManager[None]:
+        """Inside, a batch of validation draws by its place among all ranks' batches, each time the same.
+
+        What training draws is as if there had been no validation.
+        """
+        batch = self.trained.trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready - 1
+        place = batch * self.slicing["num_replicas"] + self.slicing["rank"]
+        return draws_of(seed_of(self.run.seed, "validation", place), self.root_device)
 
     @property
     def slicing(self) -> dict[str, int]:

@@ -189,6 +189,9 @@ class NoisyAndMasked(Blocks):
         kept = torch.rand(len(labels), 64, dtype=images.dtype) < 0.5
         return cross_entropy(self.net(images.flatten(1) * kept), left_out(labels))
 
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx), batch_size=len(batch[1]), sync_dist=True)
+
 
 def small(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
