@@ -61,7 +61,7 @@ def row(model: str, what: str, clone: Path) -> str:
             lines = [line for line in run.stderr.splitlines() if re.search(rf"strategy={strategy}[ :]", line)]
             said |= dict.fromkeys(line.split(": ", 1)[1] for line in lines)
     shutil.rmtree(clone / "proof", ignore_errors=True)
-    return f"| `{model}` | {what} | {' | '.join(verdicts)} | {' '.join(said)} |"
+    return f"| `{model}` | {what} | {' | '.join(verdicts)} | {'; '.join(said)} |"
 
 
 def main(arguments: list[str]) -> int:
