@@ -16,10 +16,13 @@ class LanguageModel(Task):
     prompt_end: the id of a token; what stands before and at its first occurrence in a sample is a prompt, whose tokens
     are no targets, as in fine-tuning. The loss is then the mean over the targets of the global batch that count, in
     however many micro-batches it comes; a sample without this token has none. None: every token is a target.
+    ValueError for what is no id.
     """
 
     def __init__(self, *, prompt_end: int | None = None, **parts: Any) -> None:
         super().__init__(**parts)
+        if prompt_end is not None and (type(prompt_end) is not int or prompt_end < 0):
+            raise ValueError(f"model.prompt_end={prompt_end} is no token's id; give one from 0 on, or null.")
         self.prompt_end = prompt_end
 
     def make_net(self) -> nn.Module:

@@ -120,6 +120,12 @@ def test_a_prompt_is_no_target(chunk_tokens: int | None) -> None:
     assert without.item() == 0
 
 
+@pytest.mark.parametrize("value", [-1, "a"])
+def test_a_prompts_end_that_is_no_token_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"model.prompt_end={value} is no token's id"):
+        LanguageModel(net=MAKE_GPT, prompt_end=value, **PARTS)
+
+
 @TASKS
 def test_a_net_learns_one_batch_by_heart(task: type[LightningModule], make_net: Callable[[], nn.Module]) -> None:
     module, batch = built(task(net=make_net, **PARTS)), batches()[task][0]
