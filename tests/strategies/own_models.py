@@ -102,6 +102,14 @@ class ClipsByItself(Blocks):
         self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="norm")
 
 
+class HasScale(Blocks):
+    """A parameter beside the blocks that a plan lists."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.scale = nn.Parameter(torch.ones(4))
+
+
 class StepsTwiceBackward(Blocks):
     def __init__(self, net: object, optimizer: Callable[..., Optimizer], scheduler: object) -> None:
         super().__init__(net, optimizer, scheduler)

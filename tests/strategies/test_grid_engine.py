@@ -126,7 +126,7 @@ ON_RANKS = [
     ("pipeline", "CallsTwice", "not its net's forward: a step calls the net 2 times"),
     ("pipeline", "PassesDict", "module 2 gives dict, but only a tensor or a tuple of tensors"),
     ("pipeline", "NoLoss", "NoLoss.training_step returns NoneType instead of a loss"),
-    ("pipeline", "HasScalar", "parameter temperature lies outside of the chain"),
+    ("pipeline", "HasScale", "parameter scale lies outside of the chain"),
     ("fsdp", "StepsMatrices", "but Muon looks at a whole one"),
 ]
 
