@@ -56,6 +56,7 @@ class DDP(Strategy):
     """The model on every rank, gradients averaged by all-reduce in buckets while backward still runs."""
 
     bucket_mb: PositiveInt = 25  # torch's default; smaller buckets overlap sooner, larger ones cost fewer calls
+    find_unused_parameters: bool = False  # as torch's: each backward looks first for what the loss does not reach
 
     def check(self, run: Run) -> None:
         only_data_axis(self)
@@ -72,4 +73,9 @@ class DDP(Strategy):
     def build(self, run: Run) -> Engine:
         from strategies.engines.replicate import DDPEngine
 
-        return DDPEngine(run, bucket_mb=self.bucket_mb, checkpointing=self.activation_checkpointing)
+        return DDPEngine(
+            run,
+            bucket_mb=self.bucket_mb,
+            find_unused_parameters=self.find_unused_parameters,
+            checkpointing=self.activation_checkpointing,
+        )

@@ -423,4 +423,28 @@ MUTANTS = (
         new="            average([], self.data_group",
         tests=f"{FOREIGN} -k no_dims",
     ),
+    Mutant(
+        name="UnreachedDecays",
+        does="leaves gradients of zeros to parameters outside of shards that no rank's loss reaches",
+        file="strategies/engines/shards.py",
+        old="                by_gradient[one].grad = None\n",
+        new="                pass\n",
+        tests=f"{FOREIGN} -k 'does_not_use and fsdp'",
+    ),
+    Mutant(
+        name="UnreachedDecaysInZero",
+        does="lets DeepSpeed decay what no loss reaches",
+        file="strategies/engines/deepspeed.py",
+        old="            tensor.copy_(before)\n",
+        new="            pass\n",
+        tests=f"{FOREIGN} -k 'does_not_use and zero'",
+    ),
+    Mutant(
+        name="BranchesMix",
+        does="lets ranks whose losses reach different parameters reduce their gradients together",
+        file="strategies/engines/reach.py",
+        old="            loss.register_hook(",
+        new="            (lambda hook: None)(",
+        tests=f"{FOREIGN} -k 'part_ranks and (zero2 or fsdp)'",
+    ),
 )

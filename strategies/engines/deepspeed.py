@@ -37,6 +37,7 @@ from strategies.engines.micro_batches import MicroBatches
 from strategies.engines.own_code import Reads, check_copies
 from strategies.engines.precision import KeepsBuffers, LossScaler, autocast_inside, name
 from strategies.engines.probing import scope_of
+from strategies.engines.reach import Reach
 from strategies.engines.shards import whole_parameter
 from strategies.spec import Run
 
@@ -68,6 +69,7 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
         self.spec, self.run, self.guard = spec, run, StepGuard()
         self.at_boundary = True  # whether the next backward is its step's last
         self.is_reduced = False  # whether such a backward has been
+        self.unreached: list[tuple[Tensor, Tensor]] = []  # what a step may not change, and what it was before
         self.leaves_out = False  # whether DeepSpeed is to leave out the step under way
         self.scaler = LossScaler() if run.precision.compute == "float16" else None
 
@@ -155,6 +157,8 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
                 f"{len(optimizers)}; give one, or choose strategy=ddp."
             )
         self.check_scope(optimizers[0])
+        self.leaves = {fqn: parameter for fqn, parameter in module.named_parameters() if parameter.requires_grad}
+        self.reach = Reach(list(self.leaves), self.spec.name, None, self.root_device)
         with not_broadcast(module.parameters()):
             engine, optimizer, _, _ = deepspeed.initialize(
                 model=module,
@@ -168,6 +172,8 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
             optimizer.override_loss_scale(self.scaler.value)
         self.model, self.optimizers = engine, [optimizer]
         leave_out_when(lambda: self.leaves_out, optimizer)
+        if self.spec.stage == 3:
+            self.reach.follow(gathered_at_once(module))
 
     def reads(self) -> Reads:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -202,6 +208,10 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
             self.at_boundary = True
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.reach.forward():
+            return super().training_step(*args, **kwargs)
+
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         if self.at_boundary and self.is_reduced:
             raise ValueError(
@@ -210,6 +220,7 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
             )
         self.is_reduced = self.at_boundary
         self.guard.add(closure_loss)
+        self.reach.watch(closure_loss, lambda: self.leaves)
         # Lightning has divided the loss by the accumulation already; DeepSpeed would do it once more.
         result = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
         if self.spec.stage == 3 and self.spec.activation_checkpointing != "none":
@@ -222,6 +233,9 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         engine_optimizer = self.deepspeed_engine.optimizer
         result = super().optimizer_step(optimizer, partial(self.checked, closure), *args, **kwargs)
+        for tensor, before in self.unreached:
+            tensor.copy_(before)
+        self.unreached = []
         self.is_reduced = False
         engine_optimizer.custom_loss_scaler = self.scaler is not None  # `checked` may have set another for this step
         if self.scaler:
@@ -234,6 +248,7 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
 
     def checked(self, closure: Callable[[], Any]) -> Any:
         result = closure()
+        self.unreached = [(tensor, tensor.clone()) for tensor in self.unreached_tensors()]
         if self.module.automatic_optimization:
             self.guard.agree(torch.zeros((), device=self.root_device))
             self.leaves_out = not self.guard.passes(self.module.trainer)
@@ -242,6 +257,22 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
                 optimizer = self.deepspeed_engine.optimizer
                 optimizer.override_loss_scale(optimizer.loss_scale / self.loss_factor)
         return result
+
+    def unreached_tensors(self) -> Iterator[Tensor]:
+        """All that is kept of parameters that no loss reaches: DeepSpeed steps them, by gradients of zeros."""
+        for fqn in self.reach.unreached or ():
+            parameter: Any = self.leaves[fqn]
+            if self.spec.extensions:
+                raise ValueError(
+                    f"strategy={self.spec.name}: no loss reaches parameter {fqn}, and its weights on the disk would "
+                    f"decay; freeze it (requires_grad_(False)), or choose strategy=zero3."
+                )
+            yield parameter.data
+            if self.spec.stage == 3:
+                yield parameter.ds_tensor.data
+            share = self.share_of(parameter) if self.spec.stage == 3 else self.fragment_of(parameter)
+            if share is not None:
+                yield share.flat.detach().narrow(0, share.start, share.numel)
 
     def teardown(self) -> None:
         if any(parameter.is_meta for parameter in self.module.parameters()):
@@ -400,6 +431,17 @@ def leaf_blocks(module: pl.LightningModule) -> list[str]:
             found.append(fqn)
         trainable_before |= any(parameter.requires_grad for parameter in part.parameters())
     return found
+
+
+def gathered_at_once(module: pl.LightningModule) -> dict[str, nn.Module]:
+    """Modules of which DeepSpeed gathers the weights before it calls them, by FQN: blocks, and what lies outside."""
+    blocks = set(leaf_blocks(module))
+    inside = tuple(f"{block}." for block in blocks)
+    return {
+        fqn: part
+        for fqn, part in module.named_modules()
+        if fqn in blocks or (list(part.parameters(recurse=False)) and not fqn.startswith(inside))
+    }
 
 
 def check_module(module: pl.LightningModule, strategy: str, stage: int) -> None:

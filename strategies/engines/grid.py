@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import loss_parallel
@@ -33,6 +35,7 @@ from strategies.engines.materialize import Materializer
 from strategies.engines.own_code import Reads, check_copies
 from strategies.engines.pipeline import Pipeline, Stage
 from strategies.engines.precision import name, narrow, precision_plugin
+from strategies.engines.reach import Reach
 from strategies.engines.shards import Shards, average, explain_empty
 from strategies.engines.steps import PipelinedSteps
 from strategies.engines.ties import Ties, find_ties
@@ -179,6 +182,10 @@ class GridEngine(ChecksSteps, AveragesExactly):
         if self.spec.shards > 1:
             for stage, root in roots.items():
                 self.shard(root, {unit: units[unit] for unit in mine[stage]}, chain)
+        self.held_by = sharding.held_by(module) if self.spec.shards > 1 else {}
+        self.reach = Reach(list(self.held_by), self.spec.name, self.data_group, device)
+        if self.spec.pipe == 1:  # a pipeline's stages are called one after the other
+            self.reach.follow({fqn: part for fqn, part in net.named_modules() if isinstance(part, FSDPModule)})  # type: ignore[misc]
         if self.spec.pipe > 1:
             self.steps = self.pipelined(module, net, cast(dict[int, Stage], roots), device)
 
@@ -292,7 +299,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.share_buffers()
         if self.steps is None:
-            return super().training_step(*args, **kwargs)
+            with self.reach.forward():
+                return super().training_step(*args, **kwargs)
         self.seed_by(*self.place(), "stages", self.pipe_rank)
         return self.steps.train(*args, **kwargs)
 
@@ -319,6 +327,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
         if self.steps is None or self.steps.last_unit is not None:  # others have it from there
             self.guard.add(closure_loss)
         if self.steps is None:
+            if self.held_by:
+                self.reach.watch(closure_loss, partial(sharding.gathered, self.held_by))
             closure_loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         else:  # the training step has been backward, too: only the hooks are left
             closure_loss = self.precision_plugin.pre_backward(closure_loss, self.module)
@@ -330,6 +340,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
     def finish_gradients(self) -> None:
         """All that is left to communicate before the gradients of a step are those of the whole global batch."""
         if self.steps is not None:
+            if self.held_by:
+                self.reach.check(sharding.without_gradient(self.held_by))
             self.steps.reduce_gradients()
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         tensor.sum_partial_gradients(parameters)

@@ -125,19 +125,21 @@ class SingleEngine(WholeModel, SingleDeviceStrategy):
 class DDPEngine(WholeModel, AveragesExactly):
     """The model on every rank; DistributedDataParallel averages the gradients."""
 
-    def __init__(self, run: Run, *, bucket_mb: int, checkpointing: str) -> None:
+    def __init__(self, run: Run, *, bucket_mb: int, find_unused_parameters: bool, checkpointing: str) -> None:
         super().__init__(
             precision_plugin=precision_plugin(run.precision, "cuda" if run.on_gpu else "cpu"),
             process_group_backend="nccl" if run.on_gpu else "gloo",
             timeout=timedelta(seconds=run.timeout_s),
             bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
+            find_unused_parameters=find_unused_parameters,
         )
+        self.finds_unused = find_unused_parameters
         self.run, self.checkpointing, self.guard = run, checkpointing, StepGuard()
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING and not self.finds_unused:  # else DDP keeps to its first buckets
             self.settle_buckets()
 
     def settle_buckets(self) -> None:
@@ -152,3 +154,23 @@ class DDPEngine(WholeModel, AveragesExactly):
         torch.stack([parameter.sum() * 0.0 for parameter in trainable]).sum().backward()
         for parameter in trainable:
             parameter.grad = None
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        result = super().backward(closure_loss, optimizer, *args, **kwargs)
+        model = cast(DistributedDataParallel, self.model)
+        if self.module.automatic_optimization and model.require_backward_grad_sync:
+            self.check_reached(model)
+        return result
+
+    def check_reached(self, model: DistributedDataParallel) -> None:
+        """ValueError on a rank that lacks a gradient, for which DDP on the others waits."""
+        try:
+            model._check_reducer_finalized()
+        except RuntimeError:
+            named = self.module.named_parameters()
+            missed = (fqn for fqn, parameter in named if parameter.requires_grad and parameter.grad is None)
+            what = next((f"parameter {fqn}" for fqn in missed), "all that an earlier micro-batch's did")
+            raise ValueError(
+                f"strategy=ddp: the loss of rank {self.global_rank} does not reach {what}; set "
+                f"strategy.find_unused_parameters=true, or freeze what nothing uses (requires_grad_(False))."
+            ) from None

@@ -1,7 +1,7 @@
 """FSDP2 on the units of a net: what is sharded together, and gradients that are reduced when a schedule says so.
 
-What is private in torch, tested on 2.13: the state of an FSDPModule, for `let_go`, and for `reduce_gradients`, which
-does what torch's own pipeline schedules do once all micro-batches have been through.
+What is private in torch, tested on 2.13: the state of an FSDPModule, for `let_go` and `gathered`, and for
+`reduce_gradients`, which does what torch's own pipeline schedules do once all micro-batches have been through.
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -71,6 +71,33 @@ def after(units: Mapping[str, nn.Module], blocks: Sequence[str]) -> list[str]:
 
 def sharded_parts(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def held_by(module: nn.Module) -> dict[str, Any]:
+    """What FSDP keeps of each sharded parameter that is trained, by FQN; before anything has been gathered."""
+    names = {id(parameter): fqn for fqn, parameter in module.named_parameters() if parameter.requires_grad}
+    return {
+        names[id(held.sharded_param)]: held
+        for part in sharded_parts(module)
+        for group in part._get_fsdp_state()._fsdp_param_groups
+        for held in group.fsdp_params
+        if id(held.sharded_param) in names
+    }
+
+
+def gathered(held_by: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What autograd adds gradients to, by FQN: gathered parameters; there are none before the first forward."""
+    return {fqn: held._unsharded_param for fqn, held in held_by.items() if hasattr(held, "_unsharded_param")}
+
+
+def without_gradient(held_by: Mapping[str, Any]) -> list[str]:
+    """FQNs of what has no gradient that waits to be reduced."""
+    leaves = gathered(held_by)
+    return [
+        fqn
+        for fqn, held in held_by.items()
+        if fqn not in leaves or (leaves[fqn].grad is None and held.unsharded_accumulated_grad is None)
+    ]
 
 
 def let_go(part: FSDPModule) -> None:

@@ -175,15 +175,27 @@ def average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, dtype:
     """Average the gradients over the ranks of `group`, reduced in `dtype`.
 
     A parameter that this rank's samples have not reached counts as zeros, so that all ranks reduce as many elements.
-    One that no rank's have reached gets zeros too, where one process would have no gradient, and would not decay it.
+    One that no rank's have reached is left without a gradient, as in one process, which would not decay it either.
     """
-    for bucket in buckets([gradient(parameter) for parameter in parameters]):
-        average_bucket(bucket, group, dtype)  # its flat copy is gone before the next is made
+    missed = {id(parameter) for parameter in parameters if parameter.grad is None}
+    by_gradient = {gradient(parameter): parameter for parameter in parameters}
+    for bucket in buckets(list(by_gradient)):
+        reached = [id(by_gradient[one]) not in missed for one in bucket]
+        # The flat copy of a bucket is gone before the next is made.
+        for one, is_reached in zip(bucket, average_bucket(bucket, reached, group, dtype), strict=True):
+            if not is_reached:
+                by_gradient[one].grad = None
 
 
-def average_bucket(bucket: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-    flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).to(dtype)
+def average_bucket(
+    bucket: Sequence[Tensor], reached: Sequence[bool], group: dist.ProcessGroup, dtype: torch.dtype
+) -> Sequence[bool]:
+    """Average gradients in place; of each, whether any rank has one. Only a rank that has none waits for the answer."""
+    flags = torch.tensor(reached, dtype=dtype).to(bucket[0].device, non_blocking=True)
+    flat = torch.cat([*(gradient.reshape(-1).to(dtype) for gradient in bucket), flags])
     dist.all_reduce(flat, group=group)
     flat /= group.size()
-    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+    *parts, flags = flat.split([*(gradient.numel() for gradient in bucket), len(bucket)])
+    for gradient, part in zip(bucket, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+    return reached if all(reached) else (flags > 0).tolist()

@@ -313,3 +313,59 @@ class DropsInParts(Blocks):
     def tell(self, name: str, output: Tensor) -> None:
         if self.training and self._trainer is not None:
             print(f"dropped {name} {[int(number) for number in (output[0, :16] == 0)]}", flush=True)
+
+
+def by_branch(x: Tensor, is_few: Tensor, few: nn.Module, others: nn.Module) -> Tensor:
+    """Rows by one branch or the other; one that no row takes is not called, as routers do."""
+    out = x.new_zeros(len(x), 10)
+    for rows, branch in ((is_few, few), (~is_few, others)):
+        if rows.any():
+            out[rows] = branch(x[rows])
+    return out
+
+
+class BranchesOutside(Blocks):
+    """Heads beside the plan's net, of which some micro-batches, and some steps, reach one alone; one is for nothing."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        with torch.device("meta"):
+            self.few, self.others, self.spare = nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 10)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        return cross_entropy(by_branch(self.net(images.flatten(1)), labels == 3, self.few, self.others), labels)
+
+
+class Branching(nn.Module):
+    """A head of two branches of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.others = nn.Linear(32, 10), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_branch(x, x[:, 0] > x[:, 1] + 1.5, self.few, self.others)
+
+
+class BranchesInside(Blocks):
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), Block(32), Block(32), Branching())
+
+
+class LeavesSpare(nn.Module):
+    """A head with a part that is for nothing, as the pooler of a model that is fine-tuned without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(32, 10), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+class HasSpare(Blocks):
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), Block(32), Block(32), LeavesSpare())

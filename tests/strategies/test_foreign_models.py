@@ -57,6 +57,48 @@ def test_a_prompt_counts_for_nothing_however_a_batch_is_cut(strategy: str, tmp_p
     assert cut.val_losses[0] == pytest.approx(whole.val_losses[0], abs=1e-6)
 
 
+FINDS_UNUSED = "strategy.find_unused_parameters=true"
+BRANCHES = [
+    ("BranchesOutside", "ddp", FINDS_UNUSED),
+    ("BranchesOutside", "fsdp", ""),
+    ("BranchesOutside", "hsdp", ""),
+    ("BranchesOutside", "tensor", ""),
+    ("BranchesInside", "ddp", FINDS_UNUSED),
+    ("BranchesInside", "tensor", ""),
+    ("BranchesInside", "pipeline", ""),
+    ("HasSpare", "ddp", FINDS_UNUSED),
+    *(("HasSpare", way, "") for way in ("zero1", "zero2", "zero3", "zero3_offload", "fsdp", "hsdp", "pipeline")),
+]
+EVERYDAY_BRANCHES = [*BRANCHES[:2], ("HasSpare", "zero2", ""), ("HasSpare", "zero3", "")]
+
+
+@pytest.mark.parametrize(("name", "strategy", "word"), in_tiers(BRANCHES, EVERYDAY_BRANCHES))
+def test_what_a_sample_does_not_use_is_trained_as_on_one_process(
+    name: str, strategy: str, word: str, tmp_path: Path, references: Callable
+) -> None:
+    case = foreign(name, strategy, **({"world_size": 4} if strategy == "hsdp" else {}))
+    assert disagreements(case, tmp_path, references, *filter(None, [word])) == []
+
+
+PARTED = [
+    ("ddp", "BranchesOutside", "does not reach parameter spare.weight; set strategy.find_unused_parameters=true"),
+    ("zero1", "BranchesOutside", "the losses of 1 of 2 ranks reach parameter few.weight"),
+    ("zero2", "BranchesInside", "reaches parameter net.3.few.bias, as it did not in the first micro-batch"),
+    ("zero3", "BranchesOutside", "rank 0 calls others while rank 1 calls few"),
+    ("zero3", "BranchesInside", "calls net.3.few where the first micro-batch calls net.3.others"),
+    ("fsdp", "BranchesInside", "reaches parameter net.3.few.bias, as it did not in the first micro-batch"),
+    ("2d_pipeline", "BranchesInside", "reaches parameter net.3.few.bias, as it did not in the first micro-batch"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "name", "said"), in_tiers(PARTED, [PARTED[0], PARTED[4], PARTED[5]]))
+def test_samples_that_part_ranks_are_refused_by_name(strategy: str, name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ValueError"):
+        train_case(foreign(name, strategy).overrides, tmp_path)
+    logs = " ".join(" ".join(path.read_text().split()) for path in tmp_path.glob("rank*.log"))
+    assert said in logs
+
+
 SCALAR_WAYS = ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp", "hsdp", "2d_pipeline"]
 
 
