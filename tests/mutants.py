@@ -80,7 +80,10 @@ def planted(mutant: Mutant, folder: Path) -> str:
     source = (folder / mutant.file).read_text()
     count = source.count(mutant.old)
     assert count == 1, f"{mutant.name}: {mutant.file} has {count} times, not once:\n{mutant.old}"
-    return source.replace(mutant.old, mutant.new)
+    source = source.replace(mutant.old, mutant.new)
+    if mutant.file.endswith(".py"):
+        compile(source, mutant.file, "exec")  # else every test would be red, and none would have caught it
+    return source
 
 
 def first_red(folder: Path, selection: str, tier: str) -> str | None:

@@ -116,10 +116,9 @@ MUTANTS = (
         name="OtherInitialWeight",
         does="seeds the first weights by rank",
         file="strategies/engines/materialize.py",
-        old="    with torch.random.fork_rng(devices=[]):\n",
-        new="    if torch.distributed.is_initialized():\n"
-        "        seed += torch.distributed.get_rank()\n"
-        "    with torch.random.fork_rng(devices=[]):\n",
+        old="            torch.default_generator.manual_seed(seed)\n",
+        new="            is_rank = torch.distributed.is_initialized()\n"
+        "            torch.default_generator.manual_seed(seed + (torch.distributed.get_rank() if is_rank else 0))\n",
         tests=FSDP,
     ),
     Mutant(
