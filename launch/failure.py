@@ -1,6 +1,7 @@
 """Why a run failed: the rank and the cause that came first, read from what the ranks and the agent left behind."""
 
 import json
+import re
 import signal
 import time
 import traceback
@@ -79,6 +80,15 @@ def signal_cause(number: int, oom_kills_before: int) -> str:
     return f"was killed by {name}"
 
 
+def last_words(log: Path) -> str:
+    """What a C++ exception that nobody caught has said of itself in a rank's log, as C++'s runtime writes it there."""
+    try:
+        said = re.findall(r"^\s*what\(\):\s*(.*\S)", log.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        return ""
+    return f": {said[-1]}" if said else ""
+
+
 def raised(words: Sequence[tuple[Any, int]]) -> Failure | None:
     """The first of the exceptions that ranks have left word of."""
     if not words:
@@ -104,7 +114,8 @@ def first_failure(run_dir: Path, world_size: int, oom_kills_before: int) -> Fail
     codes = {int(rank): code for rank, code in (read_word(run_dir / "ranks" / "exit_codes.json") or {}).items()}
     for rank, code in sorted(codes.items()):
         if code < 0:
-            return Failure(rank=rank, cause=signal_cause(-code, oom_kills_before))
+            said = last_words(log_path(run_dir, rank)) if code == -signal.SIGABRT else ""
+            return Failure(rank=rank, cause=signal_cause(-code, oom_kills_before) + said)
     # The agent lists the ranks that fell first; what the others then say is the echo of it.
     words = [(word, rank) for word, rank in words if not codes or rank in codes]
     if first := raised(words):

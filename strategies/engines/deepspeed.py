@@ -114,6 +114,9 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
             autocast_inside(module, self.root_device.type, getattr(torch, self.run.precision.compute))
         broadcast_buffers(module)
         rework(blocks_of(module), compiled=self.run.compile, checkpointing=self.spec.activation_checkpointing)
+        if self.spec.stage == 3:
+            for fqn in leaf_blocks(module):
+                module.get_submodule(fqn).register_forward_pre_hook(with_gradient)
         self.start_engine(module)
         self.setup_precision_plugin()
         self.dtypes = self.dtypes_in_use()
@@ -431,6 +434,18 @@ def leaf_blocks(module: pl.LightningModule) -> list[str]:
             found.append(fqn)
         trainable_before |= any(parameter.requires_grad for parameter in part.parameters())
     return found
+
+
+def with_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Inputs of a block that DeepSpeed gathers at once, one of them such that backward comes by.
+
+    The plan's order need not be the net's: the first block of a second tower is called with data, none of which needs a
+    gradient.
+    """
+    floats = [one for one in inputs if isinstance(one, Tensor) and one.is_floating_point()]
+    if not torch.is_grad_enabled() or not floats or any(one.requires_grad for one in floats):
+        return None
+    return tuple(one.detach().requires_grad_() if one is floats[0] else one for one in inputs)
 
 
 def gathered_at_once(module: pl.LightningModule) -> dict[str, nn.Module]:

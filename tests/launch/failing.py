@@ -25,6 +25,16 @@ class SegfaultsOnRank1(LanguageModel):
         return super().training_step(batch, batch_idx)
 
 
+class AbortsOnRank1(LanguageModel):
+    """Ends as C++ does by an exception that nobody catches, as one in a thread of a library."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_rank == 1:
+            os.write(2, b"terminate called after throwing an instance of 'Boom'\n  what():  sizes do not match\n")
+            os.kill(os.getpid(), signal.SIGABRT)
+        return super().training_step(batch, batch_idx)
+
+
 class HoldsNoReset(LanguageModel):
     """A net with a parameter that nothing initialises."""
 

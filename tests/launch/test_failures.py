@@ -64,6 +64,9 @@ def test_interrupt_leaves_no_process(tmp_path: Path) -> None:
     [
         ("RaisesOnRank1", "rank 1 of 2 raised RuntimeError: boom on rank 1 (failing.py:"),
         ("SegfaultsOnRank1", "rank 1 of 2 was killed by SIGSEGV; see "),
+        pytest.param(
+            "AbortsOnRank1", "rank 1 of 2 was killed by SIGABRT: sizes do not match; see ", marks=pytest.mark.full
+        ),
     ],
 )
 def test_cause_on_one_rank_is_named(model: str, cause: str, tmp_path: Path) -> None:

@@ -315,6 +315,28 @@ class DropsInParts(Blocks):
             print(f"dropped {name} {[int(number) for number in (output[0, :16] == 0)]}", flush=True)
 
 
+class TwoTowers(nn.Module):
+    """Side by side, not one after the other: the second's input needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 16))
+        self.right = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 16))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.split(32, dim=1)
+        return self.head(torch.cat([self.left(left), self.right(right)], dim=1))
+
+
+class Towers(Blocks):
+    plan = ParallelPlan(blocks=("left", "right"), head=("head",))
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = TwoTowers()
+
+
 def by_branch(x: Tensor, is_few: Tensor, few: nn.Module, others: nn.Module) -> Tensor:
     """Rows by one branch or the other; one that no row takes is not called, as routers do."""
     out = x.new_zeros(len(x), 10)

@@ -80,6 +80,14 @@ def test_what_a_sample_does_not_use_is_trained_as_on_one_process(
     assert disagreements(case, tmp_path, references, *filter(None, [word])) == []
 
 
+TOWERS = [(way, word) for way in ("zero3", "fsdp") for word in ("", "strategy.activation_checkpointing=full")]
+
+
+@pytest.mark.parametrize(("strategy", "word"), in_tiers(TOWERS, [("zero3", "")]))
+def test_blocks_may_stand_side_by_side(strategy: str, word: str, tmp_path: Path, references: Callable) -> None:
+    assert disagreements(foreign("Towers", strategy), tmp_path, references, *filter(None, [word])) == []
+
+
 PARTED = [
     ("ddp", "BranchesOutside", "does not reach parameter spare.weight; set strategy.find_unused_parameters=true"),
     ("zero1", "BranchesOutside", "the losses of 1 of 2 ranks reach parameter few.weight"),
