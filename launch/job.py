@@ -137,6 +137,7 @@ def run_of(config: RunConfig, data: Data, accelerator: str, stats: ModelStats | 
         timeout_s=collective_timeout_s(config),
         micro_batch_size=data.micro_batch_size,
         compile=config.compile,
+        sync_batchnorm=config.trainer.sync_batchnorm,
         stats=stats,
     )
 

@@ -63,6 +63,7 @@ class TrainerConfig(Section):
     val_every_steps: PositiveInt | None
     log_every_steps: PositiveInt
     trace_steps: NonNegativeInt = 0  # how many optimizer steps are traced behind the warm-up
+    sync_batchnorm: bool = False  # whether BatchNorm's statistics are those of all data ranks' samples
     on_nan: Literal["stop", "skip"]  # what becomes of an optimizer step whose loss or gradient is no number
 
 

@@ -196,6 +196,7 @@ class Run:
     timeout_s: float  # for a collective, while the run starts
     micro_batch_size: int  # samples of a data rank per training step
     compile: bool = False  # whether the plan's blocks are compiled
+    sync_batchnorm: bool = False  # whether BatchNorm's statistics are those of all data ranks' samples
     stats: ModelStats | None = None  # None before the model is made, and where it cannot be measured
 
     @property

@@ -446,4 +446,20 @@ MUTANTS = (
         new="            (lambda hook: None)(",
         tests=f"{FOREIGN} -k 'part_ranks and (zero2 or fsdp)'",
     ),
+    Mutant(
+        name="StatisticsNotSummed",
+        does="gives each rank only its own loss's gradient of what all ranks' BatchNorms share",
+        file="strategies/engines/batch_norm.py",
+        old="        dist.all_reduce(gradient, group=ctx.group)\n",
+        new="",
+        tests=f"{FOREIGN} -k statistics_of_the_batch",
+    ),
+    Mutant(
+        name="TowerWithoutGradient",
+        does="has DeepSpeed wait for a gradient of data before it reduces a block",
+        file="strategies/engines/deepspeed.py",
+        old="    return tuple(one.detach().requires_grad_() if one is floats[0] else one for one in inputs)\n",
+        new="    return None\n",
+        tests=f"{FOREIGN} -k side_by_side",
+    ),
 )

@@ -282,7 +282,10 @@ def cause_of(
     if cut is not None and differs(draws, cut):
         norms = exact.traits.get("batch_norms")
         if norms:
-            why = f"statistics of the batch (BatchNorm: {', '.join(norms)}) are those of each micro-batch"
+            why = (
+                f"statistics of the batch (BatchNorm: {', '.join(norms)}) are those of each micro-batch "
+                f"(trainer.sync_batchnorm=true takes them over the micro-batches of all data ranks)"
+            )
         else:
             why = (
                 "the loss depends on how a batch is cut: it is a mean over something that differs between "

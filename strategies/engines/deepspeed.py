@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from strategies.boxes import Box, boxes_of_range
 from strategies.checkpoint import LossScale
 from strategies.engines.averaging import AveragesExactly
+from strategies.engines.batch_norm import synchronize
 from strategies.engines.blocks import blocks_of, chain_of, rework
 from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.finite import GRADIENTS, StepGuard, leave_out_when
@@ -113,6 +114,8 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
         if self.run.precision.autocasts:
             autocast_inside(module, self.root_device.type, getattr(torch, self.run.precision.compute))
         broadcast_buffers(module)
+        if self.run.sync_batchnorm:
+            synchronize(module, None)
         rework(blocks_of(module), compiled=self.run.compile, checkpointing=self.spec.activation_checkpointing)
         if self.spec.stage == 3:
             for fqn in leaf_blocks(module):

@@ -26,6 +26,7 @@ from strategies.boxes import Box
 from strategies.cutting import cut
 from strategies.engines import sharding, tensor
 from strategies.engines.averaging import AveragesExactly, share_buffers
+from strategies.engines.batch_norm import synchronize
 from strategies.engines.blocks import blocks_of, rework
 from strategies.engines.checking import ChecksSteps
 from strategies.engines.checkpoint import Held, persistent_buffers
@@ -167,6 +168,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
             if self.spec.tensor > 1:
                 self.split(unit, fqn, plan, sequence=fqn in inside)
         maker.make()  # what lies outside of the chain
+        if self.run.sync_batchnorm:
+            synchronize(module, self.data_group)
         if inside:
             tensor.bound_sequence(units, inside, plan, self.mesh["tensor"])
         if chain.modules[-1] in units:

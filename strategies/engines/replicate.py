@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from strategies.checkpoint import LossScale
 from strategies.engines.averaging import AveragesExactly
+from strategies.engines.batch_norm import synchronize
 from strategies.engines.blocks import blocks_of, rework
 from strategies.engines.checking import ChecksSteps
 from strategies.engines.checkpoint import Held, persistent_buffers
@@ -41,6 +43,8 @@ class WholeModel(ChecksSteps):
     def setup(self, trainer: pl.Trainer) -> None:
         self.precision_plugin.convert_module(self.module)  # in place
         materialize(self.module, self.root_device, self.run.seed)
+        if self.run.sync_batchnorm and dist.is_initialized():
+            synchronize(self.module, None)
         rework(blocks_of(self.module), compiled=self.run.compile, checkpointing=self.checkpointing)
         super().setup(trainer)
         self.connect_guard()

@@ -330,11 +330,11 @@ class TwoTowers(nn.Module):
 
 
 class Towers(Blocks):
-    plan = ParallelPlan(blocks=("left", "right"), head=("head",))
+    plan = ParallelPlan(blocks=("0.left", "0.right"), head=("0.head",))
 
     def configure_model(self) -> None:
         with torch.device("meta"):
-            self.net = TwoTowers()
+            self.net = nn.Sequential(TwoTowers())
 
 
 def by_branch(x: Tensor, is_few: Tensor, few: nn.Module, others: nn.Module) -> Tensor:

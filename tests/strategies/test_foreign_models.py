@@ -80,6 +80,21 @@ def test_what_a_sample_does_not_use_is_trained_as_on_one_process(
     assert disagreements(case, tmp_path, references, *filter(None, [word])) == []
 
 
+SYNCED = [(name, way) for name in ("Normalized", "ResNet") for way in ("ddp", "zero1", "zero3", "fsdp")]
+
+
+@pytest.mark.parametrize(("name", "strategy"), in_tiers(SYNCED, [("Normalized", "ddp"), ("Normalized", "fsdp")]))
+def test_statistics_of_the_batch_are_those_of_all_ranks(
+    name: str, strategy: str, tmp_path: Path, references: Callable
+) -> None:
+    case = foreign(name, strategy, accumulation=1)
+    if name == "ResNet":
+        case = own(name, strategy=strategy, optimizer="sgd", world_size=2)
+    wrong = disagreements(case, tmp_path, references, "trainer.sync_batchnorm=true")
+    assert wrong == []
+    assert disagreements(case, tmp_path / "apart", references) != []  # else there was nothing to see
+
+
 TOWERS = [(way, word) for way in ("zero3", "fsdp") for word in ("", "strategy.activation_checkpointing=full")]
 
 
