@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datamodules.spec import SampledData
 from launch.job import Job, run_of
 from launch.schema import ConfigError, RunConfig, validate
 from launch.zygote import zygote_for
+from strategies.grid import Grid
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -76,6 +78,11 @@ def check(job: Job) -> None:
         model.configure_model()
     check_plan(job, model)
     strategy.check_module(model, run_of(config, job.data, config.launcher.accelerator))
+    if isinstance(strategy, Grid) and strategy.tensor > 1 and isinstance(job.data, SampledData):
+        from launch.worker import first_sample
+        from strategies.engines.rehearsal import rehearse
+
+        rehearse(model, strategy, first_sample(job.data))
 
 
 def check_plan(job: Job, model: LightningModule) -> None:

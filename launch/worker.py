@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 import numpy as np
 import torch
@@ -125,12 +125,16 @@ def stats_of(model: LightningModule, job: Job) -> ModelStats | None:
     """
     if not isinstance(job.data, SampledData):
         return None
-    sample = BatchDataset(job.data.train_samples())[np.zeros(1, dtype=np.int64)]
     try:
-        return measure(model, sample)
+        return measure(model, first_sample(job.data))
     except (RuntimeError, ValueError) as error:  # what meta cannot do; what one sample is too few for (BatchNorm)
         print(f"FLOPs and MFU are not measured: {str(error).splitlines()[0]}")
         return None
+
+
+def first_sample(data: SampledData) -> Any:
+    """A batch of one sample, by which a step can be tried or counted."""
+    return BatchDataset(data.train_samples())[np.zeros(1, dtype=np.int64)]
 
 
 def loggers(job: Job, rank: int, run_id: str) -> list[Logger]:

@@ -126,7 +126,7 @@ def measure(module: LightningModule, sample: Any) -> ModelStats:
     # Written out, attention is plain products, which every torch counts alike; fused kernels are not all known to it.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with (
-            _without_trainer(),
+            without_trainer(),
             _counted_by_unit(units, counter) as forward_flops,
             _watched(watched) as passed,
             watch_calls(net, units) as calls,
@@ -206,7 +206,7 @@ def _counted_by_unit(units: dict[str, nn.Module], counter: FlopCounterMode) -> I
 
 
 @contextmanager
-def _without_trainer() -> Iterator[None]:
+def without_trainer() -> Iterator[None]:
     """A step may log: Lightning warns that there is no Trainer to log to, which is meant here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*`self.trainer` reference is not registered.*")

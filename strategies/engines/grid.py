@@ -44,6 +44,7 @@ from strategies.schedules import rank_of
 from strategies.spec import Run
 
 if TYPE_CHECKING:
+    from models.stats import ModelStats
     from strategies.grid import Grid
 
 
@@ -157,7 +158,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
         found = find_ties(module, plan, stage_of, self.pipe_rank_of, tensor_ranks=self.spec.tensor)
         rework(blocks_of(module), compiled=self.run.compile, checkpointing=self.spec.activation_checkpointing)
         maker = Materializer(module, device, self.run.seed)
-        inside = self.sequence_units(net, plan, chain)
+        inside = sequence_units(self.spec, self.run.stats, net, plan, chain)
         units = {unit: net.get_submodule(unit) for names in mine.values() for unit in names}
         for fqn in set(chain.modules) - units.keys():
             parent, _, child = fqn.rpartition(".")
@@ -212,14 +213,6 @@ class GridEngine(ChecksSteps, AveragesExactly):
         sizes = [sum(part.numel() for part in net.get_submodule(unit).parameters()) for unit in chain.modules]
         parts = cut(flops, sizes, self.spec.num_stages)
         return [[chain.modules[position] for position in part] for part in parts]
-
-    def sequence_units(self, net: nn.Module, plan: ParallelPlan, chain: Chain) -> Sequence[str]:
-        """Units whose activations are split along the sequence; none without tensor ranks, or a plan that allows it."""
-        if self.spec.tensor == 1 or not self.spec.sequence_parallel or not tensor.covers_blocks(net, plan, chain):
-            return ()
-        if self.run.stats and self.run.stats.gap:
-            return ()  # what the net does between its units might want the whole sequence
-        return tensor.sequence_units(plan, chain)
 
     def split(self, unit: nn.Module, fqn: str, plan: ParallelPlan, *, sequence: bool) -> None:
         mesh, loss_parallel = self.mesh["tensor"], self.spec.loss_parallel
@@ -433,6 +426,17 @@ class GridEngine(ChecksSteps, AveragesExactly):
         for fqn, parameter in self.module.named_parameters():
             weight = tensor.whole(parameter.detach())
             yield self.ties.owner_of.get(fqn, fqn), weight.cpu()
+
+
+def sequence_units(
+    spec: Grid, stats: ModelStats | None, net: nn.Module, plan: ParallelPlan, chain: Chain
+) -> Sequence[str]:
+    """Units whose activations are split along the sequence; none without tensor ranks, or a plan that allows it."""
+    if spec.tensor == 1 or not spec.sequence_parallel or not tensor.covers_blocks(net, plan, chain):
+        return ()
+    if stats and stats.gap:
+        return ()  # what the net does between its units might want the whole sequence
+    return tensor.sequence_units(plan, chain)
 
 
 def box_of(part: Tensor) -> Box | None:

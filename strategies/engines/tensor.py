@@ -164,6 +164,8 @@ def check_split(net: nn.Module, plan: ParallelPlan, ranks: int) -> None:
             style = plan.style(name)
             if style == "embedding":
                 check_embedding(module, name)
+            elif style in SPLIT_DIM:
+                check_linear(module, name, style)
             if style in SPLIT_DIM:
                 check_divides(module, name, style, ranks)
 
@@ -174,6 +176,19 @@ def check_divides(module: nn.Module, name: str, style: str, ranks: int) -> None:
             f"strategy.mesh.tensor={ranks} does not divide the {size} {'rows' if style != 'rowwise' else 'columns'} of "
             f"{name}.weight, which plan.tensor calls {style}; choose a divisor of {size}."
         )
+
+
+def check_linear(module: nn.Module, name: str, style: str) -> None:
+    """ValueError if a product with a matrix [outputs, inputs], which is what torch splits, is not all of the module."""
+    kind = type(module)
+    if kind.forward is nn.Linear.forward:
+        return
+    inner = next((f"{name}.{child}" for child, part in module.named_modules() if type(part) is nn.Linear), None)
+    fix = f"give the style to {inner} inside of it" if inner else "make it an nn.Linear"
+    raise ValueError(
+        f"plan.tensor: {name} is called {style}, but is a {kind.__name__} and no nn.Linear, which is all that can be "
+        f"split so; {fix}, or leave out the style."
+    )
 
 
 def check_embedding(module: nn.Module, name: str) -> None:

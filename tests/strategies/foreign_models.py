@@ -391,3 +391,58 @@ class HasSpare(Blocks):
     def configure_model(self) -> None:
         with torch.device("meta"):
             self.net = nn.Sequential(nn.Linear(64, 32), Block(32), Block(32), LeavesSpare())
+
+
+class FusedBlock(nn.Module):
+    """Takes the parts of a fused product by their whole sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.fused(x).split(32, dim=-1)
+        return x + self.out((query * key).softmax(-1) * value)
+
+
+class Fused(Blocks):
+    plan = ParallelPlan(stem=("0",), blocks=("1",), head=("2",), tensor={"1.fused": "colwise", "1.out": "rowwise"})
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), FusedBlock(), nn.Linear(32, 10))
+
+
+class Transposed(nn.Module):
+    """A matrix [inputs, outputs], as GPT-2's in transformers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Adapted(nn.Module):
+    """A Linear inside of something else, as an adapter wraps it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * 2
+
+
+class SplitsTransposed(Blocks):
+    plan = ParallelPlan(stem=("0",), blocks=("1",), head=("2",), tensor={"1": "colwise"})
+    block: type[nn.Module] = Transposed
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), self.block(32), nn.Linear(32, 10))
+
+
+class SplitsAdapted(SplitsTransposed):
+    block = Adapted

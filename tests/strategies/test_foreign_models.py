@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from launch import preflight
 from strategies.checkpoint import newest
 from strategies.engines.construction import constructing
 from strategies.engines.materialize import materialize
@@ -93,6 +95,20 @@ def test_statistics_of_the_batch_are_those_of_all_ranks(
     wrong = disagreements(case, tmp_path, references, "trainer.sync_batchnorm=true")
     assert wrong == []
     assert disagreements(case, tmp_path / "apart", references) != []  # else there was nothing to see
+
+
+CANNOT_SPLIT = {
+    "Fused": "strategy.mesh.tensor=2: 1 (FusedBlock) does not run with its modules split as plan.tensor says (1.fused "
+    "colwise, 1.out rowwise): ValueError: not enough values to unpack (expected 3, got 2) (foreign_models.py:",
+    "SplitsTransposed": "plan.tensor: 1 is called colwise, but is a Transposed and no nn.Linear, which is all that can",
+    "SplitsAdapted": "give the style to 1.base inside of it",
+}
+
+
+@pytest.mark.parametrize("name", in_tiers(list(CANNOT_SPLIT), ["Fused", "SplitsAdapted"]))
+def test_a_tensor_plan_that_cannot_work_is_refused_before_ranks_start(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(CANNOT_SPLIT[name])):
+        preflight.check(job_of(foreign(name, "tensor").overrides, tmp_path))
 
 
 TOWERS = [(way, word) for way in ("zero3", "fsdp") for word in ("", "strategy.activation_checkpointing=full")]
