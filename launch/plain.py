@@ -27,6 +27,7 @@ from strategies.engines.draws import generators_of, seed_draws, seed_of
 from strategies.engines.materialize import materialize
 from tracking.evidence import TRAITS
 from tracking.evidence_recorder import EvidenceRecorder
+from tracking.module_recorder import ModuleRecorder
 
 SHOWN = 3  # modules of a kind that are named
 
@@ -98,6 +99,9 @@ def train_plainly(job: Job, model: LightningModule) -> None:
         StartingWeights(Path(config.weights), model).load(Held.whole(fqn, tensor, writes=True) for fqn, tensor in held)
     model.configure_model = lambda: None  # type: ignore[method-assign]  # it has been called
     draws, quiet = Draws(config.seed), WithoutDropout(model)
+    callbacks: list[pl.Callback] = [draws, ClipsFused(), EvidenceRecorder(job.run_dir, PlainState(model))]
+    if config.evidence_step is not None:
+        callbacks.append(ModuleRecorder(job.run_dir, config.evidence_step, PlainState(model)))
     trainer = Trainer(
         accelerator=config.launcher.accelerator,
         devices=1,
@@ -109,7 +113,7 @@ def train_plainly(job: Job, model: LightningModule) -> None:
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
-        callbacks=[draws, ClipsFused(), EvidenceRecorder(job.run_dir, PlainState(model))],
+        callbacks=callbacks,
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_model_summary=False,

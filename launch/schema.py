@@ -30,8 +30,8 @@ from tracking.wandb_config import WandbConfig
 
 # Keys that may differ between two runs that train the same thing: how a run is watched, where it lies.
 NOT_IDENTITY = (
-    "name", "run_dir", "resume", "resume_despite", "evidence", "logger", "launcher", "checkpoint", "status", "expect",
-    "choices", "hparams", "objective", "profile", "debug",
+    "name", "run_dir", "resume", "resume_despite", "evidence", "evidence_step", "logger", "launcher", "checkpoint",
+    "status", "expect", "choices", "hparams", "objective", "profile", "debug",
 )  # fmt: skip
 
 
@@ -133,6 +133,7 @@ class RunConfig(Section):
     resume: str | None  # a checkpoint, a run folder that has one, or AUTO
     resume_despite: list[str]  # keys that may differ from the run that wrote the checkpoint
     evidence: bool | Literal["plain"]  # "plain": of plain Lightning, which certificates compare with
+    evidence_step: NonNegativeInt | None = None  # of which every module's values and gradients are written down
     compile: bool
     trainer: TrainerConfig
     strategy: dict[str, Any]

@@ -25,14 +25,18 @@ from launch.entry import end_on_signals, one_line
 from launch.job import resolve
 from launch.schema import ConfigError, RunConfig, validate
 from tracking.agreement import (
+    MARGIN,
+    UNIT_ROUNDOFF,
     Certificate,
     Draw,
     another_draw_matters,
     cause_of,
     compare,
+    first_difference,
     other_micro_batches,
     tolerance_text,
 )
+from tracking.bisect import Parting, first_parting
 from tracking.certified import subject_of
 from tracking.evidence import Evidence
 from tracking.record import RunRecord
@@ -89,8 +93,9 @@ def key(override: str) -> str:
 class Verifier:
     """Runs references once for all candidates that share them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, bisects: bool = False) -> None:
+        """`bisects`: whether a candidate that disagrees is run once more, to find the module where it does so first."""
+        self.folder, self.bisects = folder, bisects
         self.runs: dict[tuple[str, ...], tuple[Evidence, str]] = {}  # and the hash of its config
         self.failed: dict[tuple[str, ...], str] = {}  # why
         self.configs: dict[tuple[str, ...], RunConfig] = {}
@@ -211,6 +216,8 @@ class Verifier:
             kind: Kind = "exact" if in_float64 else "reference"
             cut = self.plain(overrides, kind, micro_batch_size=micro)[0] if whole != micro else None
             cause = cause_of(checks, draws, cut, candidate.evidence, parts=parts_of(candidate))
+            if self.bisects:
+                cause += " " + self.bisected(overrides, name, draws, candidate)
         certificate = Certificate(
             verdict="agrees" if passed else "disagrees",
             strategy=candidate.record.strategy,
@@ -239,6 +246,18 @@ class Verifier:
             except Exception as error:  # noqa: BLE001  # the certificate is there, whatever becomes of its copy
                 print(f"{path} is not in W&B: {type(error).__name__}: {error}", file=sys.stderr)
         return certificate
+
+    def bisected(self, overrides: list[str], name: str, draws: list[Draw], candidate: Finished) -> str:
+        """Where in the first step that differs the candidate does so, by what its modules give in it, in words."""
+        step, _ = first_difference(draws, candidate.evidence)
+        words = [*overrides, f"evidence_step={step}"]
+        micro = int(candidate.config.data["micro_batch_size"])
+        parts = candidate.config.strategy.get("micro_batches", 1) if candidate.record.mesh.pipe > 1 else 1
+        size = max(1, micro // int(parts))
+        master = candidate.config.precision.master
+        exact, reference = (self.plain(words, kind, micro_batch_size=size)[0] for kind in ("exact", "reference"))
+        again = self.run(words, f"{name}-step-{step}").evidence
+        return first_parting(exact, reference, again, step, Parting(MARGIN, UNIT_ROUNDOFF[master]))
 
 
 def conditions_of(exact: Evidence, micro_batch_size: int) -> list[str]:
@@ -288,15 +307,15 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
 
 
 def verify(arguments: list[str]) -> int:
-    """`scripts/verify.py [-m] strategy=ddp [override ...]`: certify each candidate; 1 if any disagrees or fails."""
+    """`scripts/verify.py [-m] [--bisect] strategy=ddp [override ...]`: certify each; 1 if any disagrees or fails."""
     multirun = bool({"-m", "--multirun"} & set(arguments))
-    overrides = [word for word in arguments if word not in ("-m", "--multirun")]
+    overrides = [word for word in arguments if word not in ("-m", "--multirun", "--bisect")]
     folders = [word.partition("=")[2] for word in overrides if key(word) == "run_dir"]
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     folder = Path(folders[0] if folders else f"runs/{stamp}-verify").resolve()
     end_on_signals()
     console = Console(width=None if sys.stdout.isatty() else 160)
-    verifier, failed = Verifier(folder), 0
+    verifier, failed = Verifier(folder, bisects="--bisect" in arguments), 0
     try:
         jobs = expand([word for word in overrides if key(word) != "run_dir"], multirun)
         for number, job in enumerate(jobs):

@@ -61,6 +61,7 @@ from strategies.engines.finite import StepGuard
 from tracking import record
 from tracking.evidence_recorder import EvidenceRecorder, ShowsState
 from tracking.meter import Meter, measure_peak_flops
+from tracking.module_recorder import ModuleRecorder
 from tracking.progress import Progress
 from tracking.record import RunRecord, environment
 from tracking.redact import redact
@@ -267,6 +268,8 @@ def train_watched(
         own += [*profilers(config, job.run_dir, trace_steps(config)), meter, progress, *nan_finders(config)]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
+            if config.evidence_step is not None:
+                own.append(ModuleRecorder(job.run_dir, config.evidence_step))
         if config.resume is not None:
             own.append(Restore(job))
         elif config.weights is not None:

@@ -1,4 +1,4 @@
-"""Does a strategy compute what one process computes? `python scripts/verify.py strategy=ddp [-m] [override ...]`."""
+"""Does a strategy compute what one process computes? `python scripts/verify.py strategy=ddp [-m] [--bisect] [...]`."""
 
 import sys
 from pathlib import Path

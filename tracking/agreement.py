@@ -278,7 +278,7 @@ def cause_of(
             "Only the validation loss differs, on the same weights: what validation_step logs depends on how its "
             "samples are cut (a mean over targets is to be logged with batch_size=<their number>), or on the rank."
         )
-    where = first_difference(draws, candidate)
+    _, where = first_difference(draws, candidate)
     if cut is not None and differs(draws, cut):
         norms = exact.traits.get("batch_norms")
         if norms:
@@ -300,7 +300,7 @@ def cause_of(
     return f"First at {where}; the gradient's norm is {ratio:.4g} of plain Lightning's in the first step."
 
 
-def first_difference(draws: Sequence[Draw], candidate: Evidence) -> str:
+def first_difference(draws: Sequence[Draw], candidate: Evidence) -> tuple[int, str]:
     """The first step, and the quantity, that is further off than the reference in any step could explain."""
     exact, reference = draws[0]
     for step, loss in enumerate(candidate.losses):
@@ -313,8 +313,8 @@ def first_difference(draws: Sequence[Draw], candidate: Evidence) -> str:
             limit = MARGIN * max(rounding, UNIT_ROUNDOFF["float32"]) * abs(truth[step])
             for rank, value in enumerate(values):
                 if not abs(value - truth[step]) <= limit:
-                    return f"the {name} of step {step}" + (f", rank {rank}" if len(values) > 1 else "")
-    return "the weights, behind the last step"
+                    return step, f"the {name} of step {step}" + (f", rank {rank}" if len(values) > 1 else "")
+    return len(candidate.losses) - 1, "the weights, behind the last step"
 
 
 def first_of_all(evidence: Evidence) -> list[float]:

@@ -15,6 +15,11 @@ import numpy as np
 TRAITS = "traits.json"
 
 
+def modules_path(folder: Path, rank: int) -> Path:
+    """Where a rank writes down what its modules gave in one step."""
+    return folder / f"modules.{rank}.json"
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The evidence of all ranks of one run."""
@@ -25,6 +30,7 @@ class Evidence:
     val_losses: list[float]  # what each rank measured
     weights: list[dict[str, np.ndarray]]  # per rank: every parameter it showed
     first_weights: list[dict[str, np.ndarray]] = field(default_factory=list)  # before the first step
+    modules: list[dict[str, Any]] = field(default_factory=list)  # per rank: what modules gave in one step, if asked for
     traits: dict[str, Any] = field(default_factory=dict)  # what plain Lightning's run noticed of the model
 
     @classmethod
@@ -35,6 +41,7 @@ class Evidence:
         if not paths:
             raise ValueError(f"{run_dir} holds no evidence; run it with evidence=true.")
         ranks = [json.loads(path.read_text()) for path in paths]
+        held = [modules_path(run_dir / "evidence", rank["rank"]) for rank in ranks]
         # Ranks that share a data rank (tensor, pipe) see the same samples: one of them speaks for all.
         speakers = list({rank["data_rank"]: rank for rank in reversed(ranks)}.values())
         num_steps = min(len(rank["steps"]) for rank in ranks)
@@ -45,5 +52,6 @@ class Evidence:
             val_losses=[rank["val_loss"] for rank in ranks if rank["val_loss"] is not None],
             weights=[dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) for path in paths],
             first_weights=[dict(np.load(path.with_suffix(".first.npz"), allow_pickle=False)) for path in paths],
+            modules=[json.loads(path.read_text()) for path in held if path.exists()],
             traits=json.loads(traits.read_text()) if traits.exists() else {},
         )
