@@ -46,7 +46,8 @@ class PlainState:
         return {"num_replicas": 1, "rank": 0}
 
     def gradient_norm(self) -> Tensor:
-        gradients = [one.grad for one in self.module.parameters() if one.grad is not None]
+        groups = [group for optimizer in self.module.trainer.optimizers for group in optimizer.param_groups]
+        gradients = [one.grad for group in groups for one in group["params"] if one.grad is not None]
         wide = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float32
         return get_total_norm([gradient.to(wide) for gradient in gradients])
 

@@ -462,4 +462,13 @@ MUTANTS = (
         new="    return None\n",
         tests=f"{FOREIGN} -k side_by_side",
     ),
+    Mutant(
+        name="OwnerKeepsToItself",
+        does="steps a whole parameter on its owner alone, whose weight no other rank gets",
+        file="strategies/engines/grid.py",
+        old="        result = super().optimizer_step(optimizer, closure, *args, **kwargs)\n"
+        "        self.shards.give_weights()\n",
+        new="        result = super().optimizer_step(optimizer, closure, *args, **kwargs)\n",
+        tests="tests/strategies/test_grid_engine.py -k whole_parameters",
+    ),
 )

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from models.plan import Chain, ParallelPlan
-from strategies.boxes import Box
 from strategies.cutting import cut
 from strategies.engines import sharding, tensor
 from strategies.engines.averaging import AveragesExactly, share_buffers
@@ -361,6 +359,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        self.shards.give_weights()
         # Lightning zeroes what the optimizer has, and in a pipeline only when the next backward is over.
         for parameter in [*self.module.parameters(), *self.shards.parts]:
             parameter.grad = None
@@ -380,7 +379,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
         return {
             "parameter": name(next(module.parameters()).dtype),
             "reduce": self.run.precision.reduce,
-            "master": name(self.optimizers[0].param_groups[0]["params"][0].dtype),
+            "master": name(next((part.dtype for part in self.shards.stepped), next(module.parameters()).dtype)),
         }
 
     def gradient_norm(self) -> Tensor:
@@ -398,7 +397,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
         """What a checkpoint is made of: the parts that this rank has, each written by one of those that have it."""
         self.reshard()
         for fqn, part in [*self.module.named_parameters(), *persistent_buffers(self.module)]:
-            box = box_of(part)
+            box = self.shards.box_of(part)
             if box is not None:
                 yield Held(
                     name=self.ties.owner_of.get(fqn, fqn),
@@ -420,6 +419,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
 
     def narrow(self) -> None:
         narrow(self.precision_plugin)
+        self.shards.give_weights()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         self.reshard()
@@ -437,15 +437,6 @@ def sequence_units(
     if stats and stats.gap:
         return ()  # what the net does between its units might want the whole sequence
     return tensor.sequence_units(plan, chain)
-
-
-def box_of(part: Tensor) -> Box | None:
-    """Which part of a tensor this rank has; None if that is nothing."""
-    if not isinstance(part, DTensor):
-        return Box.whole(part.shape)
-    shape, offset = compute_local_shape_and_global_offset(part.shape, part.device_mesh, part.placements)
-    box = Box(tuple(offset), tuple(start + size for start, size in zip(offset, shape, strict=True)))
-    return box if box.numel else None
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

@@ -18,7 +18,7 @@ from strategies.checkpoint import LossScale
 from strategies.engines.averaging import AveragesExactly
 from strategies.engines.batch_norm import synchronize
 from strategies.engines.blocks import blocks_of, rework
-from strategies.engines.checking import ChecksSteps
+from strategies.engines.checking import ChecksSteps, stepped_by
 from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.finite import StepGuard
 from strategies.engines.materialize import materialize
@@ -78,7 +78,10 @@ class WholeModel(ChecksSteps):
 
     def gradient_norm(self) -> Tensor:
         # DDP has averaged the gradients by now, so every rank's own norm is the norm of the whole.
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        masters = masters_of(self.precision_plugin)
+        stepped = {id(part) for optimizer in self.optimizers for part in stepped_by(optimizer)}
+        trained = [one for one in self.module.parameters() if id(masters.get(one, one)) in stepped]
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         # Squares of bfloat16 gradients are not summed in bfloat16.
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
         return torch.linalg.vector_norm(torch.stack(norms))

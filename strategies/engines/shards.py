@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import wraps
 from inspect import Parameter, signature
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from strategies.engines.probing import scope_of
+from strategies.boxes import Box
+from strategies.engines.owners import box_of, dealt, num_parts
+from strategies.engines.probing import Scope, scope_of
 
 if TYPE_CHECKING:
     from strategies.grid import Grid
@@ -33,21 +34,31 @@ class Shards:
 
     def __init__(self, optimizer: Optimizer, spec: Grid, duplicates: set[nn.Parameter], strategy: str) -> None:
         self.optimizer = optimizer
-        self.parameters: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
-        if not any(self.parameters):
+        groups: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
+        if not any(groups):
             raise nothing_to_train(strategy)
-        check_scope(optimizer, self.parameters, spec.mesh.world_size, strategy)
+        scope = check_scope(optimizer, groups, spec, strategy)
+        self.owned = {} if scope == "element" else dealt(chain(*groups))
+        # Those that this rank steps, whole or its part of them.
+        self.parameters = [[parameter for parameter in group if self.steps(parameter)] for group in groups]
+        self.zero = torch.zeros((), dtype=torch.float32, device=local(groups[0][0].detach()).device)
         holders = spec.mesh.data_ranks * spec.tensor
         # 1 / the ranks that hold the same elements: so that a sum over all ranks counts each element once.
         self.weights = [
             0.0 if parameter in duplicates else num_parts(parameter) / holders for parameter in chain(*self.parameters)
         ]
-        for group in optimizer.param_groups:
-            group["params"] = [
-                nn.Parameter(local(parameter.detach()), parameter.requires_grad) for parameter in group["params"]
-            ]
+        for group, parameters in zip(optimizer.param_groups, self.parameters, strict=True):
+            group["params"] = [self.stand_in(parameter) for parameter in parameters]
         self.parts: list[nn.Parameter] = list(chain(*(group["params"] for group in optimizer.param_groups)))
         self.is_first_step = True  # until gradients have been taken once
+
+    def steps(self, parameter: nn.Parameter) -> bool:
+        return parameter not in self.owned or self.owned[parameter].is_mine
+
+    def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer is given for a parameter: this rank's part, or all of it."""
+        stepped = self.owned[parameter].stepped if parameter in self.owned else None
+        return nn.Parameter(local(parameter.detach()), parameter.requires_grad) if stepped is None else stepped
 
     def connect(self) -> None:
         """Look again at what is stepped: a precision may have put master weights in place of the parts."""
@@ -61,19 +72,34 @@ class Shards:
 
     def take_gradients(self) -> None:
         self.is_first_step = False
+        for owned in self.owned.values():
+            owned.take_gradient()
         for parameter, part in zip(chain(*self.parameters), self.parts, strict=True):
-            part.grad = None if parameter.grad is None else local(parameter.grad)
+            if parameter not in self.owned:
+                part.grad = None if parameter.grad is None else local(parameter.grad)
+
+    def give_weights(self) -> None:
+        """What owners have stepped goes to all ranks' parts; collective."""
+        for owned in self.owned.values():
+            owned.give_weight()
+
+    def box_of(self, part: Tensor) -> Box | None:
+        """Which part of a parameter or buffer this rank steps, and has in a checkpoint; None if that is nothing."""
+        owned = self.owned.get(part)  # type: ignore[call-overload]
+        if owned is None:
+            return box_of(part)
+        return Box.whole(part.shape) if owned.is_mine else None
 
     def square(self) -> Tensor:
         """This rank's share of the square of the whole model's gradient norm."""
-        like = self.stepped[0]
-        none = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         squares = [
             weight * torch.linalg.vector_norm(part.grad, dtype=torch.promote_types(part.dtype, torch.float32)).square()
             for part, weight in zip(self.stepped, self.weights, strict=True)
             if part.grad is not None
         ]
-        return torch.stack([none, *squares]).sum()  # of a stage that is frozen there is nothing to add up
+        if not squares:
+            return self.zero.clone()  # of a stage that is frozen, or stepped by others, there is nothing to add up
+        return torch.stack(squares).sum()
 
     def norm(self) -> Tensor:
         """L2 norm of the whole model's gradient; collective over all ranks."""
@@ -125,30 +151,20 @@ def gradient(parameter: nn.Parameter) -> Tensor:
     return local(parameter.grad)
 
 
-def num_parts(parameter: nn.Parameter) -> int:
-    """In how many parts a parameter is split over data and tensor ranks."""
-    if not isinstance(parameter, DTensor):
-        return 1
-    mesh = parameter.device_mesh
-    split = (dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
-    return math.prod(mesh.size(dim) for dim in split)
-
-
-def check_scope(
-    optimizer: Optimizer, parameters: Sequence[Sequence[nn.Parameter]], world_size: int, strategy: str
-) -> None:
-    """ValueError if the optimizer looks at more than a rank steps by itself."""
+def check_scope(optimizer: Optimizer, parameters: Sequence[Sequence[nn.Parameter]], spec: Grid, strategy: str) -> Scope:
+    """By how much the optimizer looks at once; ValueError if it is more than a rank can step by itself."""
     kind = type(optimizer)
     needs_closure = signature(kind.step).parameters["closure"].default is Parameter.empty
     device = next(chain(*parameters)).device
     scope = scope_of(optimizer, [[one.dim() for one in group] for group in parameters], device)
-    if world_size > 1 and (needs_closure or scope == "all"):
+    if spec.mesh.world_size > 1 and (needs_closure or scope == "all"):
         raise ValueError(
             f"strategy={strategy} steps each rank's parameters by themselves, but {kind.__name__} looks at all of them "
             f"at once, or at the loss again; choose optimizer=adamw or sgd, or strategy=single."
         )
-    if scope != "element" and any(num_parts(parameter) > 1 for parameter in chain(*parameters)):
+    if scope != "element" and spec.cpu_offload:
         raise whole_parameter(kind, strategy)
+    return scope
 
 
 def whole_parameter(kind: type, strategy: str) -> ValueError:

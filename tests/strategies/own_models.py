@@ -361,6 +361,13 @@ class NoLoss(MLP):
         return loss if self._trainer is None else None  # measured, it has one
 
 
+class StepsByRows(MLP):
+    """Its optimizer keeps means of a matrix's rows and columns, and looks at the size of each parameter."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adafactor(self.parameters(), lr=0.01)
+
+
 class StepsMatrices(MLP):
     """Its optimizer looks at a whole matrix at once."""
 

@@ -17,6 +17,7 @@ from launch import preflight
 from launch.job import Job, resolve, run_of
 from launch.schema import validate
 from launch.worker import build_model, on_meta, stats_of
+from strategies.checkpoint import newest
 from strategies.engines.grid import GridEngine
 from strategies.engines.shards import local
 from strategies.grid import Grid
@@ -127,7 +128,7 @@ ON_RANKS = [
     ("pipeline", "PassesDict", "module 2 gives dict, but only a tensor or a tuple of tensors"),
     ("pipeline", "NoLoss", "NoLoss.training_step returns NoneType instead of a loss"),
     ("pipeline", "HasScale", "parameter scale lies outside of the chain"),
-    ("fsdp", "StepsMatrices", "but Muon looks at a whole one"),
+    ("zero1", "StepsMatrices", "but Muon looks at a whole one"),
 ]
 
 
@@ -136,6 +137,34 @@ def test_what_cannot_be_right_is_refused_by_name(strategy: str, name: str, said:
     with pytest.raises(AssertionError, match="ValueError") as failure:
         train_case(own(name, strategy=strategy).overrides, tmp_path)
     assert said in " ".join(str(failure.value).split())
+
+
+WHOLE = [("fsdp", 2), ("hsdp", 4), ("tensor", 2), ("pipeline", 2), ("2d", 4), ("2d_pipeline", 4), ("3d", 8), ("ddp", 2)]
+WHOLE_STEPPERS = [(name, *way) for name in ("StepsMatrices", "StepsByRows") for way in WHOLE]
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "world_size"),
+    in_tiers(WHOLE_STEPPERS, [("StepsMatrices", "fsdp", 2), ("StepsMatrices", "tensor", 2), ("StepsByRows", "2d", 4)]),
+)
+def test_an_optimizer_may_look_at_whole_parameters(
+    name: str, strategy: str, world_size: int, tmp_path: Path, references: Callable
+) -> None:
+    assert disagreements(own(name, strategy=strategy, world_size=world_size), tmp_path, references) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), in_tiers([("fsdp", "ddp"), ("ddp", "2d"), ("2d", "fsdp")], [("fsdp", "ddp")])
+)
+def test_an_optimizer_that_looks_at_whole_parameters_goes_on_elsewhere(first: str, second: str, tmp_path: Path) -> None:
+    def case(strategy: str) -> list[str]:
+        return own("StepsMatrices", strategy=strategy, world_size=4 if strategy == "2d" else 2).overrides
+
+    whole = train_case(case(first), tmp_path / "whole")
+    train_case([*case(first), "trainer.max_steps=2", "checkpoint.at_end=true"], tmp_path / "first")
+    after = train_case([*case(second), f"resume='{newest(tmp_path / 'first')}'"], tmp_path / "second")
+    assert after.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    assert after.val_losses[0] == pytest.approx(whole.val_losses[0], rel=1e-5)
 
 
 class WhatIsLogged(pl.Callback):
