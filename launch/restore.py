@@ -29,7 +29,7 @@ class Restore(pl.Callback):
         engine = cast(Holds, trainer.strategy)
         self.manifest = Manifest.read(self.folder)
         with Reader(self.folder, self.manifest) as reader:
-            checkpoint.load(reader, engine.held(), engine.stepping)
+            engine.restored(checkpoint.load(reader, engine.held(), engine.stepping))
             engine.narrow()
         if self.manifest.loss_scale is not None and engine.scaling is not None:
             engine.scaling = self.manifest.loss_scale

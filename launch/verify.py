@@ -311,7 +311,7 @@ def verify(arguments: list[str]) -> int:
     multirun = bool({"-m", "--multirun"} & set(arguments))
     overrides = [word for word in arguments if word not in ("-m", "--multirun", "--bisect")]
     folders = [word.partition("=")[2] for word in overrides if key(word) == "run_dir"]
-    stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
     folder = Path(folders[0] if folders else f"runs/{stamp}-verify").resolve()
     end_on_signals()
     console = Console(width=None if sys.stdout.isatty() else 160)

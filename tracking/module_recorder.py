@@ -49,8 +49,7 @@ class ModuleRecorder(pl.Callback):
     def gives(self, fqn: str, module: Any, inputs: Any, output: Any) -> None:
         if not module.training or torch._C._current_graph_task_id() != -1:
             return  # a validation, or a backward that computes a block again
-        leaf = next((leaf for leaf in tree_leaves(output) if is_whole(leaf)), None)  # one will do
-        if leaf is not None:
+        for leaf in filter(is_whole, tree_leaves(output)):
             self.note(fqn, "value", self.number, leaf)
             if leaf.requires_grad:
                 leaf.register_hook(partial(self.note, fqn, "gradient", self.number))

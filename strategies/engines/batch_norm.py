@@ -15,18 +15,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def synchronize(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Have every BatchNorm of a module take its statistics, in training, over the samples of all ranks of `group`."""
+def synchronize(module: nn.Module, group: dist.ProcessGroup | None) -> dict[str, nn.Module]:
+    """Have every BatchNorm of a module take its statistics, in training, over the samples of all ranks of `group`.
+
+    Returns them by FQN: all ranks have to call the same, in the same order.
+    """
     if dist.get_world_size(group) == 1:
-        return
-    for part in module.modules():
+        return {}
+    found: dict[str, nn.Module] = {}
+    for fqn, part in module.named_modules():
         if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm):
             part.forward = partial(forward, part, group)  # type: ignore[method-assign]
+            found[fqn] = part
+    return found
 
 
 def forward(part: _BatchNorm, group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
     """What `part(x)` gives for this rank's samples x [samples, channels, ...]."""
-    if not part.training and part.running_mean is not None:
+    if not part.training:
         return type(part).forward(part, x)
     part._check_input_dim(x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -34,7 +40,7 @@ def forward(part: _BatchNorm, group: dist.ProcessGroup | None, x: Tensor) -> Ten
     count = wide.new_tensor(x.numel() / x.shape[1])
     variance, mean = torch.var_mean(wide, over, correction=0)
     mean, variance, count = whole(mean, variance, count, group)
-    if part.training and part.track_running_stats:
+    if part.track_running_stats:
         update(part, mean.detach(), variance.detach() * count / (count - 1))
     shape = [1, -1, *[1] * (x.dim() - 2)]
     scale = torch.rsqrt(variance + part.eps)

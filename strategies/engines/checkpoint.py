@@ -66,6 +66,7 @@ class Held:
     stepped: Tensor
     select: Select = all_of_it
     writes: bool = True
+    has_state: bool = True  # whether what the optimizer keeps is of this parameter, and not of others beside it
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor, *, writes: bool) -> Held:
@@ -89,6 +90,10 @@ class Holds(Protocol):
         """Make computing copies of what has been loaded into the stepped weights."""
         ...
 
+    def restored(self, without_state: frozenset[str]) -> None:
+        """Take note of the parameters that the run which wrote the checkpoint had never stepped."""
+        ...
+
     scaling: LossScale | None
     """Where the loss scale of a run in float16 stands; None of any other."""
 
@@ -106,7 +111,7 @@ def tensors_of(held: Held, optimizer: Optimizer) -> Iterator[Named]:
     """Name, shape of the whole, box and tensor of a parameter's weight and of all that the optimizer keeps for it."""
     for box, part in zip(held.boxes, held.select(held.stepped), strict=True):
         yield f"weight/{held.name}", held.shape, box, part
-    for key, value in optimizer.state.get(held.stepped, {}).items():
+    for key, value in (optimizer.state.get(held.stepped, {}) if held.has_state else {}).items():
         name = f"state/{key}/{held.name}"
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -374,18 +379,22 @@ def make_state(optimizer: Optimizer, stepped: list[Tensor]) -> None:
         group.update(before)
 
 
-def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> None:
-    """Fill what this rank holds from a checkpoint; ValueError if that is of another model or optimizer."""
+def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> frozenset[str]:
+    """Fill what this rank holds from a checkpoint; ValueError if that is of another model or optimizer.
+
+    Returns the names of what it holds and of which an optimizer that keeps something had nothing: never stepped.
+    """
     known, held = reader.manifest.tensors, list(held)
     stepped = {name.split("/", 2)[2] for name in known if name.startswith("state/")}
     fresh = [one.stepped for one in held if one.name in stepped and not optimizer.state.get(one.stepped)]
     make_state(optimizer, list({id(tensor): tensor for tensor in fresh}.values()))
-    kept = {name.split("/")[1] for name in known if name.startswith("state/")}
-    own = {key for one in held for key in optimizer.state.get(one.stepped, {})}
-    if not kept:
-        own |= lazily_kept(optimizer, held)
-    is_concerned = bool(own) or any(one.name in stepped for one in held)  # a rank may step nothing that has state
-    if is_concerned and own != kept and (kept or not may_have_skipped_all(reader.manifest)):
+    # Of what this rank holds: what is kept of a parameter may depend on its shape.
+    mine = {one.name for one in held} & stepped
+    kept = {name.split("/")[1] for name in known if name.startswith("state/") and name.split("/", 2)[2] in mine}
+    own = {key for one in held if one.name in mine for key in optimizer.state.get(one.stepped, {})}
+    if not stepped:
+        own |= {key for one in held for key in optimizer.state.get(one.stepped, {})} | lazily_kept(optimizer, held)
+    if own != kept and (stepped or not may_have_skipped_all(reader.manifest)):
         raise ValueError(
             f"resume={reader.folder}: its optimizer kept {', '.join(sorted(kept)) or 'nothing'}, and "
             f"{type(optimizer).__name__} keeps {', '.join(sorted(own)) or 'nothing'}; choose the optimizer that wrote "
@@ -400,6 +409,7 @@ def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> None:
                 found = f"in shape {known[name].shape}, not {shape}" if name in known else "not at all"
                 raise ValueError(f"resume={reader.folder}: it has {name} {found}; give the model that wrote it.")
             # Else the parameter had no gradient yet: what is kept of it is still zeros.
+    return frozenset(one.name for one in held if stepped and one.name not in stepped)
 
 
 def lazily_kept(optimizer: Optimizer, held: Iterable[Held]) -> set[str]:

@@ -114,13 +114,13 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
         if self.run.precision.autocasts:
             autocast_inside(module, self.root_device.type, getattr(torch, self.run.precision.compute))
         broadcast_buffers(module)
-        if self.run.sync_batchnorm:
-            synchronize(module, None)
+        norms = synchronize(module, None) if self.run.sync_batchnorm else {}
         rework(blocks_of(module), compiled=self.run.compile, checkpointing=self.spec.activation_checkpointing)
         if self.spec.stage == 3:
             for fqn in leaf_blocks(module):
                 module.get_submodule(fqn).register_forward_pre_hook(with_gradient)
         self.start_engine(module)
+        self.reach.follow(norms | (gathered_at_once(module) if self.spec.stage == 3 else {}))
         self.setup_precision_plugin()
         self.dtypes = self.dtypes_in_use()
         self.barrier()
@@ -178,8 +178,6 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
             optimizer.override_loss_scale(self.scaler.value)
         self.model, self.optimizers = engine, [optimizer]
         leave_out_when(lambda: self.leaves_out, optimizer)
-        if self.spec.stage == 3:
-            self.reach.follow(gathered_at_once(module))
 
     def reads(self) -> Reads:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -229,6 +227,7 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
         self.reach.watch(closure_loss, lambda: self.leaves)
         # Lightning has divided the loss by the accumulation already; DeepSpeed would do it once more.
         result = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+        self.reach.finish()
         if self.spec.stage == 3 and self.spec.activation_checkpointing != "none":
             from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
@@ -266,7 +265,7 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
 
     def unreached_tensors(self) -> Iterator[Tensor]:
         """All that is kept of parameters that no loss reaches: DeepSpeed steps them, by gradients of zeros."""
-        for fqn in self.reach.unreached or ():
+        for fqn in self.reach.unused:
             parameter: Any = self.leaves[fqn]
             if self.spec.extensions:
                 raise ValueError(
@@ -344,6 +343,7 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
                 boxes=boxes,
                 stepped=found.flat,
                 select=found.views(boxes),
+                has_state=fqn not in self.reach.unused,  # DeepSpeed counts its steps with those of all others
                 writes=self.is_global_zero or not is_copy,
             )
 
@@ -390,6 +390,9 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
             optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
             optimizer._unflatten_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()
+
+    def restored(self, without_state: frozenset[str]) -> None:
+        self.reach.untouched = without_state & self.leaves.keys()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed

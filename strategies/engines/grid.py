@@ -167,8 +167,7 @@ class GridEngine(ChecksSteps, AveragesExactly):
             if self.spec.tensor > 1:
                 self.split(unit, fqn, plan, sequence=fqn in inside)
         maker.make()  # what lies outside of the chain
-        if self.run.sync_batchnorm:
-            synchronize(module, self.data_group)
+        norms = synchronize(module, self.data_group) if self.run.sync_batchnorm else {}
         if inside:
             tensor.bound_sequence(units, inside, plan, self.mesh["tensor"])
         if chain.modules[-1] in units:
@@ -187,7 +186,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
         self.held_by = sharding.held_by(module) if self.spec.shards > 1 else {}
         self.reach = Reach(list(self.held_by), self.spec.name, self.data_group, device)
         if self.spec.pipe == 1:  # a pipeline's stages are called one after the other
-            self.reach.follow({fqn: part for fqn, part in net.named_modules() if isinstance(part, FSDPModule)})  # type: ignore[misc]
+            sharded = {fqn: part for fqn, part in module.named_modules() if isinstance(part, FSDPModule)}
+            self.reach.follow({**norms, **sharded})  # type: ignore[dict-item]
         if self.spec.pipe > 1:
             self.steps = self.pipelined(module, net, cast(dict[int, Stage], roots), device)
 
@@ -324,6 +324,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
             if self.held_by:
                 self.reach.watch(closure_loss, partial(sharding.gathered, self.held_by))
             closure_loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+            if self.held_by:
+                self.reach.finish()
         else:  # the training step has been backward, too: only the hooks are left
             closure_loss = self.precision_plugin.pre_backward(closure_loss, self.module)
             closure_loss = self.precision_plugin.post_backward(closure_loss, self.module)

@@ -53,6 +53,9 @@ class MicroBatches(Strategy):
         """What the module's own code may not read, since this rank has a part of it; None where all is whole."""
         return None
 
+    def restored(self, without_state: frozenset[str]) -> None:
+        """What the run that wrote a checkpoint had never stepped has no state here either, unless an engine says so."""
+
     def parameter_norm(self) -> Tensor:
         """L2 norm of all weights as they are stepped (scalar); collective, the same on every rank."""
         named = {fqn for fqn, _ in self.trained.named_parameters()}

@@ -31,10 +31,24 @@ class Reach:
     names: of the parameters that are looked at, the same on all ranks of `group`.
     """
 
-    def __init__(self, names: Sequence[str], strategy: str, group: dist.ProcessGroup | None, device: torch.device):
+    def __init__(
+        self,
+        names: Sequence[str],
+        strategy: str,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        way_out: str = WAY_OUT,
+    ) -> None:
+        self.way_out = way_out
         self.names, self.strategy, self.group, self.device = list(names), strategy, group, device
         self.nodes: dict[str, Node] = {}
         self.unreached: frozenset[str] | None = None  # None until ranks have told each other
+        self.nested: set[str] = set()  # of the unreached: those that a backward inside of the backward has reached
+        self.known_nested: frozenset[str] | None = None
+        self.listened: set[str] = set()
+        self.frozen: set[str] = set()  # of the parameters: those without requires_grad, now
+        self.frozen_before: set[str] = set()  # and in the micro-batch before
+        self.untouched: frozenset[str] = frozenset()  # which the losses of an earlier run have never reached
         self.modules: list[str] = []
         self.order: list[str] | None = None  # of the modules that a step calls; None until the first has called them
         self.called: list[str] | None = None  # in the step under way; None outside of one
@@ -69,7 +83,7 @@ class Reach:
             if fqn != expected:
                 raise ValueError(
                     f"strategy={self.strategy}: rank {dist.get_rank()} {does(fqn)} where the first micro-batch "
-                    f"{does(expected)}; what ranks gather together {WAY_OUT}"
+                    f"{does(expected)}; what ranks gather together {self.way_out}"
                 )
         self.called.append(fqn)
 
@@ -85,7 +99,7 @@ class Reach:
             ranks = dist.get_process_group_ranks(self.group)
             raise ValueError(
                 f"strategy={self.strategy}: rank {ranks[0]} {does(found[0])} while rank {ranks[other]} "
-                f"{does(found[other])}; what ranks gather together {WAY_OUT}"
+                f"{does(found[other])}; what ranks gather together {self.way_out}"
             )
 
     # --- backward ---------------------------------------------------------------------------------------------------
@@ -93,12 +107,19 @@ class Reach:
     def watch(self, loss: Tensor, leaves: Callable[[], Mapping[str, Tensor]]) -> None:
         """Look as the backward of `loss` begins. `leaves()` gives what autograd adds gradients to, by name."""
         if loss.requires_grad:
-            loss.register_hook(lambda _: self.check(self.missed(leaves())))
+            loss.register_hook(lambda _: self.begin(leaves()))
+
+    def begin(self, leaves: Mapping[str, Tensor]) -> None:
+        self.check(self.missed(leaves))
+        self.frozen_before = self.frozen
+        self.listen()
 
     def missed(self, leaves: Mapping[str, Tensor]) -> Iterable[str]:
         """Names of what the backward under way will not come to."""
         for fqn in leaves.keys() - self.nodes.keys():
-            self.nodes[fqn] = get_gradient_edge(leaves[fqn]).node
+            if leaves[fqn].requires_grad:
+                self.nodes[fqn] = get_gradient_edge(leaves[fqn]).node
+        self.frozen = {fqn for fqn, leaf in leaves.items() if not leaf.requires_grad}
         runs = torch._C._will_engine_execute_node  # torch.autograd.graph.register_multi_grad_hook asks it, too
         return (fqn for fqn in self.names if fqn not in self.nodes or not runs(self.nodes[fqn]))
 
@@ -108,13 +129,51 @@ class Reach:
         if self.unreached is None:
             self.compare(unreached)
             self.unreached = unreached
+            if late := sorted(self.untouched - unreached):
+                raise ValueError(
+                    f"strategy={self.strategy}: no loss before the checkpoint has reached parameter {late[0]}, and "
+                    f"DeepSpeed would step it as one that has been stepped since the start; resume under strategy=ddp."
+                )
+        elif changed := sorted((unreached ^ self.unreached) & (self.frozen | self.frozen_before)):
+            raise ValueError(
+                f"strategy={self.strategy}: requires_grad of parameter {changed[0]} is not what it was in the first "
+                f"micro-batch; what is trained has to be said before the run, or choose strategy=ddp with "
+                f"strategy.find_unused_parameters=true."
+            )
         elif differing := sorted(unreached ^ self.unreached):
             fqn = differing[0]
             now, before = ("does not reach", "did") if fqn in unreached else ("reaches", "did not")
             raise ValueError(
                 f"strategy={self.strategy}: the loss of rank {dist.get_rank()} {now} parameter {fqn}, as it {before} "
-                f"in the first micro-batch; gradients that ranks reduce together {WAY_OUT}"
+                f"in the first micro-batch; gradients that ranks reduce together {self.way_out}"
             )
+
+    def listen(self) -> None:
+        """Hear of gradients that a backward inside of this one makes, as a reentrant checkpoint's does."""
+        for fqn in (self.unreached or frozenset()) & self.nodes.keys() - self.listened:
+            self.nodes[fqn].register_hook(lambda *_, fqn=fqn: self.nested.add(fqn))
+            self.listened.add(fqn)
+
+    def finish(self) -> None:
+        """Behind a backward: ValueError where ranks, or micro-batches, differ in what was reached inside of it."""
+        if not self.unreached:
+            return
+        nested = frozenset(self.nested)
+        self.nested.clear()
+        if self.known_nested is None:
+            self.compare(self.unreached - nested)
+            self.known_nested = nested
+        elif differing := sorted(nested ^ self.known_nested):
+            raise ValueError(
+                f"strategy={self.strategy}: a backward inside of the loss's backward (a reentrant checkpoint's) does "
+                f"not reach parameter {differing[0]} in every micro-batch; gradients that ranks reduce together "
+                f"{self.way_out}"
+            )
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """What nothing has reached so far."""
+        return (self.unreached or frozenset()) - (self.known_nested or frozenset())
 
     def compare(self, unreached: frozenset[str]) -> None:
         """Collective; ValueError on all ranks alike."""
@@ -125,7 +184,7 @@ class Reach:
             if count not in (0, ranks):
                 raise ValueError(
                     f"strategy={self.strategy}: the losses of {count} of {ranks} ranks reach parameter {fqn}; "
-                    f"gradients that ranks reduce together {WAY_OUT}"
+                    f"gradients that ranks reduce together {self.way_out}"
                 )
 
 

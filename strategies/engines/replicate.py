@@ -1,6 +1,7 @@
 """Lightning strategies that hold the whole model: one process, and DDP."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from strategies.engines.precision import (
     precision_plugin,
     set_loss_scale,
 )
+from strategies.engines.reach import Reach
 from strategies.spec import Run
 
 
@@ -39,12 +41,15 @@ class WholeModel(ChecksSteps):
     run: Run
     checkpointing: str
     dtypes: dict[str, str]
+    reach: Reach | None = None  # where ranks have to call the same modules
 
     def setup(self, trainer: pl.Trainer) -> None:
         self.precision_plugin.convert_module(self.module)  # in place
         materialize(self.module, self.root_device, self.run.seed)
         if self.run.sync_batchnorm and dist.is_initialized():
-            synchronize(self.module, None)
+            way_out = "would be mixed up. Have all samples go the same way, or set trainer.sync_batchnorm=false."
+            self.reach = Reach([], "ddp", None, self.root_device, way_out)
+            self.reach.follow(synchronize(self.module, None))
         rework(blocks_of(self.module), compiled=self.run.compile, checkpointing=self.checkpointing)
         super().setup(trainer)
         self.connect_guard()
@@ -57,6 +62,10 @@ class WholeModel(ChecksSteps):
     def module(self) -> pl.LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.reach is None else self.reach.forward():
+            return super().training_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         self.guard.add(closure_loss)
@@ -146,6 +155,7 @@ class DDPEngine(WholeModel, AveragesExactly):
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
+        self.at_start = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if trainer.state.fn == TrainerFn.FITTING and not self.finds_unused:  # else DDP keeps to its first buckets
             self.settle_buckets()
 
@@ -174,8 +184,9 @@ class DDPEngine(WholeModel, AveragesExactly):
         try:
             model._check_reducer_finalized()
         except RuntimeError:
+            trained = {id(parameter) for parameter in self.at_start}
             named = self.module.named_parameters()
-            missed = (fqn for fqn, parameter in named if parameter.requires_grad and parameter.grad is None)
+            missed = (fqn for fqn, parameter in named if id(parameter) in trained and parameter.grad is None)
             what = next((f"parameter {fqn}" for fqn in missed), "all that an earlier micro-batch's did")
             raise ValueError(
                 f"strategy=ddp: the loss of rank {self.global_rank} does not reach {what}; set "

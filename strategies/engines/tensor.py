@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.functional import embedding
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
 from models.plan import Chain, ParallelPlan
@@ -181,10 +182,15 @@ def check_divides(module: nn.Module, name: str, style: str, ranks: int) -> None:
 def check_linear(module: nn.Module, name: str, style: str) -> None:
     """ValueError if a product with a matrix [outputs, inputs], which is what torch splits, is not all of the module."""
     kind = type(module)
-    if kind.forward is nn.Linear.forward:
+    if kind.forward is nn.Linear.forward and not is_parametrized(module):
         return
     inner = next((f"{name}.{child}" for child, part in module.named_modules() if type(part) is nn.Linear), None)
     fix = f"give the style to {inner} inside of it" if inner else "make it an nn.Linear"
+    if is_parametrized(module):
+        raise ValueError(
+            f"plan.tensor: {name} is called {style}, but its weight is computed anew in every forward (a "
+            f"parametrization), which no rank can do for its part alone; leave out the style."
+        )
     raise ValueError(
         f"plan.tensor: {name} is called {style}, but is a {kind.__name__} and no nn.Linear, which is all that can be "
         f"split so; {fix}, or leave out the style."

@@ -2,6 +2,7 @@
 wrong without a word."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.checkpoint import checkpoint
 
 from models.plan import ParallelPlan
 from models.whole import gradient_norm, parameter_norm
@@ -393,6 +395,83 @@ class HasSpare(Blocks):
             self.net = nn.Sequential(nn.Linear(64, 32), Block(32), Block(32), LeavesSpare())
 
 
+def again(block: nn.Module, x: Tensor) -> Any:
+    """A block that computes its activations again in backward."""
+    return checkpoint(block, x, use_reentrant=True) if torch.is_grad_enabled() else block(x)
+
+
+class Reentrant(Blocks):
+    """Its blocks are checkpointed the old way: a backward of their own, inside of the loss's, reaches them."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        x = self.net[0](images.flatten(1))
+        for block in (self.net[1], self.net[2]):
+            x = again(block, x)
+        return cross_entropy(self.net[3](x), labels)
+
+
+class ReentrantBranches(BranchesInside):
+    """Branches that only such a backward reaches, one or the other in turn."""
+
+    plan = ParallelPlan(stem=("0",), blocks=("1", "2"), head=("3",))
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), Block(32), Swaps(), nn.Linear(32, 10))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        x = again(self.net[2], self.net[1](self.net[0](images.flatten(1))))
+        return cross_entropy(self.net[3](x), labels)
+
+
+class Swaps(nn.Module):
+    """Takes one of two matrices of one size, by what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.others = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.few(x) if x[0, 0] > x[0, 1] else self.others(x)
+
+
+class Freezes(Blocks):
+    """Freezes its first layer when the run is under way."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.net[0].requires_grad_(self.trainer.global_step < 1)
+
+
+class LateHead(Blocks):
+    """A head that nothing uses before the third step."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        with torch.device("meta"):
+            self.late = nn.Linear(10, 10)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        out = self.net(images.flatten(1))
+        return cross_entropy(self.late(out) if self.global_step >= 2 else out, labels)
+
+
+class NormsABranch(Blocks):
+    """A BatchNorm that only some micro-batches come to."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        with torch.device("meta"):
+            self.norm = nn.BatchNorm1d(10)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        out = self.net(images.flatten(1))
+        return cross_entropy(self.norm(out) if int(labels.sum()) % 2 else out, labels)
+
+
 class FusedBlock(nn.Module):
     """Takes the parts of a fused product by their whole sizes."""
 
@@ -437,7 +516,7 @@ class Adapted(nn.Module):
 
 class SplitsTransposed(Blocks):
     plan = ParallelPlan(stem=("0",), blocks=("1",), head=("2",), tensor={"1": "colwise"})
-    block: type[nn.Module] = Transposed
+    block: Callable[[int], nn.Module] = Transposed
 
     def configure_model(self) -> None:
         with torch.device("meta"):
@@ -446,3 +525,23 @@ class SplitsTransposed(Blocks):
 
 class SplitsAdapted(SplitsTransposed):
     block = Adapted
+
+
+class SplitsParametrized(SplitsTransposed):
+    @staticmethod
+    def block(size: int) -> nn.Module:
+        return nn.utils.parametrizations.weight_norm(nn.Linear(size, size))
+
+
+class NeedsPairs(Fused):
+    """Cannot be tried on one sample; what is split of it works."""
+
+    plan = ParallelPlan(stem=("0",), blocks=("1",), head=("2",), tensor={"1.up": "colwise", "1.down": "rowwise"})
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = nn.Sequential(nn.Linear(64, 32), Block(32), nn.Linear(32, 10))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        assert len(batch[1]) > 1
+        return super().training_step(batch, batch_idx)

@@ -102,6 +102,7 @@ CANNOT_SPLIT = {
     "colwise, 1.out rowwise): ValueError: not enough values to unpack (expected 3, got 2) (foreign_models.py:",
     "SplitsTransposed": "plan.tensor: 1 is called colwise, but is a Transposed and no nn.Linear, which is all that can",
     "SplitsAdapted": "give the style to 1.base inside of it",
+    "SplitsParametrized": "plan.tensor: 1 is called colwise, but its weight is computed anew in every forward",
 }
 
 
@@ -109,6 +110,34 @@ CANNOT_SPLIT = {
 def test_a_tensor_plan_that_cannot_work_is_refused_before_ranks_start(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(CANNOT_SPLIT[name])):
         preflight.check(job_of(foreign(name, "tensor").overrides, tmp_path))
+
+
+def test_what_cannot_be_tried_on_one_sample_is_not_refused(tmp_path: Path, references: Callable) -> None:
+    case = foreign("NeedsPairs", "tensor")
+    preflight.check(job_of(case.overrides, tmp_path / "job"))
+    assert disagreements(case, tmp_path, references) == []
+
+
+NESTED = ["ddp", "zero1", "zero2", "fsdp"]
+
+
+@pytest.mark.parametrize("strategy", in_tiers(NESTED, ["zero2"]))
+def test_what_a_backward_inside_of_a_backward_reaches_is_trained(
+    strategy: str, tmp_path: Path, references: Callable
+) -> None:
+    assert disagreements(foreign("Reentrant", strategy), tmp_path, references) == []
+
+
+@pytest.mark.full
+def test_what_was_never_stepped_is_not_stepped_by_deepspeed_as_if_it_had_been(tmp_path: Path) -> None:
+    halved = [*foreign("LateHead", "zero2").overrides, "trainer.max_steps=2", "checkpoint.at_end=true"]
+    train_case(halved, tmp_path / "first")
+    resume = f"resume='{newest(tmp_path / 'first')}'"
+    whole = train_case(foreign("LateHead", "single").overrides, tmp_path / "whole")
+    after = train_case([*foreign("LateHead", "fsdp").overrides, resume], tmp_path / "fsdp")
+    assert after.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    with pytest.raises(AssertionError, match=r"no loss before the checkpoint has reached parameter late\.bias"):
+        train_case([*foreign("LateHead", "zero2").overrides, resume], tmp_path / "zero2")
 
 
 TOWERS = [(way, word) for way in ("zero3", "fsdp") for word in ("", "strategy.activation_checkpointing=full")]
@@ -126,8 +155,18 @@ PARTED = [
     ("zero3", "BranchesOutside", "rank 0 calls others while rank 1 calls few"),
     ("zero3", "BranchesInside", "calls net.3.few where the first micro-batch calls net.3.others"),
     ("fsdp", "BranchesInside", "reaches parameter net.3.few.bias, as it did not in the first micro-batch"),
+    ("fsdp", "ReentrantBranches", "does not reach parameter net.2."),
+    ("zero2", "Freezes", "requires_grad of parameter net.0.bias is not what it was in the first micro-batch"),
+    ("fsdp", "Freezes", "requires_grad of parameter net.0.bias is not what it was in the first micro-batch"),
+    ("ddp", "Freezes", "does not reach parameter net.0.weight"),
     ("2d_pipeline", "BranchesInside", "reaches parameter net.3.few.bias, as it did not in the first micro-batch"),
 ]
+
+
+def test_a_batch_norm_that_some_ranks_call_is_refused(tmp_path: Path) -> None:
+    words = [FINDS_UNUSED, "trainer.sync_batchnorm=true"]
+    with pytest.raises(AssertionError, match="calls norm"):
+        train_case([*foreign("NormsABranch", "ddp").overrides, *words], tmp_path)
 
 
 @pytest.mark.parametrize(("strategy", "name", "said"), in_tiers(PARTED, [PARTED[0], PARTED[4], PARTED[5]]))

@@ -167,6 +167,15 @@ def test_an_optimizer_that_looks_at_whole_parameters_goes_on_elsewhere(first: st
     assert after.val_losses[0] == pytest.approx(whole.val_losses[0], rel=1e-5)
 
 
+@pytest.mark.full
+def test_what_an_optimizer_keeps_may_depend_on_a_parameters_shape(tmp_path: Path) -> None:
+    case = own("StepsByRows", strategy="2d", world_size=4).overrides
+    whole = train_case(case, tmp_path / "whole")
+    train_case([*case, "trainer.max_steps=2", "checkpoint.at_end=true"], tmp_path / "first")
+    after = train_case([*case, f"resume='{newest(tmp_path / 'first')}'"], tmp_path / "second")
+    assert after.losses == whole.losses[2:]
+
+
 class WhatIsLogged(pl.Callback):
     """Writes down the metrics of every step and of the end."""
 
