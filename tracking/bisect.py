@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tracking.evidence import Evidence
 
-WEIGHED_ALIKE_WITHIN = 1e-3  # of losses: rounding is less, and a fault more
+WEIGHED_ALIKE_WITHIN = 0.02  # of losses: rounding in 16 bits is less, and a fault more
 
 Digest = Sequence[float]  # number of elements, norm, projections
 
@@ -69,11 +69,12 @@ def first_parting(exact: Evidence, reference: Evidence, candidate: Evidence, ste
                         f"In step {step} what {key.fqn} {said} is the first to be another, in micro-batch "
                         f"{key.micro_batch}, on rank {rank}."
                     )
-    least, most = (choose((weight, place) for of in weights for place, weight in of.items()) for choose in (min, max))
+    told = [(weight, place) for of_rank in weights for place, weight in of_rank.items()]
+    least, most = min(told, default=(1.0, 0)), max(told, default=(1.0, 0))
     if most[0] > least[0] * (1 + WEIGHED_ALIKE_WITHIN):
         return (
-            f"In step {step} all that modules give and get back is right, but the loss of micro-batch {most[1]} weighs "
-            f"{most[0] / least[0]:.4g} times that of micro-batch {least[1]}."
+            f"In step {step} all that modules give and get back is right, but the gradient at the loss of micro-batch "
+            f"{least[1]} is {least[0] / most[0]:.4g} times that of micro-batch {most[1]}."
         )
     for rank, held in enumerate(candidate.modules):
         if others := list(differing(truth, own, held, "behind", judge)):
@@ -89,7 +90,7 @@ def weights_of(calls: Mapping[Key, Digest], true_calls: Mapping[Key, Digest]) ->
     """By micro-batch: how many times the reference's its first gradient is, the one nearest to its loss."""
     weights: dict[int, float] = {}
     for key, digest in calls.items():
-        if key.kind == "gradient" and key in true_calls and digest[1] and true_calls[key][1]:
+        if key.kind == "gradient" and key in true_calls and true_calls[key][1]:
             weights.setdefault(key.micro_batch, digest[1] / true_calls[key][1])
     return weights
 
@@ -99,12 +100,12 @@ def scaled(calls: Mapping[Key, Digest], weights: Mapping[int, float]) -> dict[Ke
 
     What a loss is divided by, such as the number of micro-batches of a rank, is no module's doing.
     """
-    return {
-        key: [digest[0], *(part / weights[key.micro_batch] for part in digest[1:])]
-        if key.kind == "gradient" and key.micro_batch in weights
-        else digest
-        for key, digest in calls.items()
-    }
+    found = {}
+    for key, digest in calls.items():
+        weight = weights.get(key.micro_batch, 1.0) if key.kind == "gradient" else 1.0
+        if weight:  # of a loss that counts nothing there is no gradient to compare
+            found[key] = [digest[0], *(part / weight for part in digest[1:])]
+    return found
 
 
 def differing(

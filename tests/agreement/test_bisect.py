@@ -107,9 +107,9 @@ def test_a_run_parts_where_its_fault_is(strategy: str, fault: type | None, said:
 
 def test_losses_that_weigh_unlike_are_told() -> None:
     truth = evidence([1.0, 1.0], [2.0, 2.0])
-    wrong = evidence([1.0, 1.0], [2.0, 4.0])
-    said = "but the loss of micro-batch 1 weighs 2 times that of micro-batch 0"
-    assert said in first_parting(truth, truth, wrong, 0, JUDGE)
+    for gradient, said in ((1.0, "0.5 times that of micro-batch 0"), (0.0, "0 times that of micro-batch 0")):
+        wrong = evidence([1.0, 1.0], [2.0, gradient])
+        assert f"at the loss of micro-batch 1 is {said}" in first_parting(truth, truth, wrong, 0, JUDGE)
 
 
 def evidence(values: list[float], gradients: list[float]) -> Evidence:
