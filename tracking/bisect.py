@@ -100,7 +100,7 @@ def scaled(calls: Mapping[Key, Digest], weights: Mapping[int, float]) -> dict[Ke
 
     What a loss is divided by, such as the number of micro-batches of a rank, is no module's doing.
     """
-    found = {}
+    found: dict[Key, Digest] = {}
     for key, digest in calls.items():
         weight = weights.get(key.micro_batch, 1.0) if key.kind == "gradient" else 1.0
         if weight:  # of a loss that counts nothing there is no gradient to compare
