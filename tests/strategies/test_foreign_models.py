@@ -112,6 +112,13 @@ def test_a_tensor_plan_that_cannot_work_is_refused_before_ranks_start(name: str,
         preflight.check(job_of(foreign(name, "tensor").overrides, tmp_path))
 
 
+def test_what_is_tried_before_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    words = [*foreign("DropsInParts", "tensor").overrides, "checkpoint.at_end=true"]
+    preflight.check(job_of(words, tmp_path / "job"))
+    train_case(words, tmp_path / "run")  # forked from here: torch caches where a rank's part lies, by the mesh
+    assert newest(tmp_path / "run")
+
+
 def test_what_cannot_be_tried_on_one_sample_is_not_refused(tmp_path: Path, references: Callable) -> None:
     case = foreign("NeedsPairs", "tensor")
     preflight.check(job_of(case.overrides, tmp_path / "job"))
