@@ -68,8 +68,8 @@ def pretended(ranks: int) -> Iterator[DeviceMesh]:
     """A tensor axis on which this process is the first, and of which the others are not there."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        # By a name of its own: torch caches by the mesh where a rank's part of a tensor lies, and takes meshes of the same
-        # ranks and names for one, whichever rank asks.
+        # By a name of its own: torch caches by the mesh where a rank's part of a tensor lies, and takes meshes of the
+        # same ranks and names for one, whichever rank asks.
         yield init_device_mesh("cpu", (ranks,), mesh_dim_names=("pretended",))
     finally:
         dist.destroy_process_group()
