@@ -153,9 +153,11 @@ class GridBooks:
     def buffers(self) -> Tensors:
         yield from (tensor for parameter in self.sharded for tensor in parameter.all_gather_outputs)
         for group in self.groups:
-            arriving = group.comm_ctx.all_gather_state and group.comm_ctx.all_gather_state.all_gather_result
+            context = group.comm_ctx  # which has nothing before the first forward, in which ranks talk already
+            state = getattr(context, "all_gather_state", None)
+            arriving = state and state.all_gather_result
             yield from (result.all_gather_output for result in (group._all_gather_result, arriving) if result)
-            yield from (state.reduce_scatter_input for state in group.comm_ctx.reduce_scatter_states)
+            yield from (state.reduce_scatter_input for state in getattr(context, "reduce_scatter_states", ()))
 
 
 def books_of(engine: Strategy, module: nn.Module) -> Books:

@@ -22,7 +22,7 @@ from strategies.engines.grid import GridEngine
 from strategies.engines.shards import local
 from strategies.grid import Grid
 from tests.agreement.cases import own
-from tests.agreement.training import disagreements, job_of, train_case
+from tests.agreement.training import disagreements, job_of, run_job, train_case, train_rank
 from tests.composing import compose_fast
 from tests.harness import run_ranks
 from tests.tiers import in_tiers
@@ -174,6 +174,13 @@ def test_what_an_optimizer_keeps_may_depend_on_a_parameters_shape(tmp_path: Path
     train_case([*case, "trainer.max_steps=2", "checkpoint.at_end=true"], tmp_path / "first")
     after = train_case([*case, f"resume='{newest(tmp_path / 'first')}'"], tmp_path / "second")
     assert after.losses == whole.losses[2:]
+
+
+def test_a_first_step_may_be_traced(tmp_path: Path) -> None:
+    words = [word for word in own("MLP", strategy="fsdp").overrides if not word.startswith(("evidence", "trainer.max"))]
+    job = job_of([*words, "evidence=false", "trainer.max_steps=1", "trainer.trace_steps=1"], tmp_path)
+    run_job(job, train_rank, job, None, None)
+    assert (tmp_path / "trace.json").exists()
 
 
 class WhatIsLogged(pl.Callback):
