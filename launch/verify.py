@@ -216,7 +216,7 @@ class Verifier:
             kind: Kind = "exact" if in_float64 else "reference"
             cut = self.plain(overrides, kind, micro_batch_size=micro)[0] if whole != micro else None
             cause = cause_of(checks, draws, cut, candidate.evidence, parts=parts_of(candidate))
-            if self.bisects:
+            if self.bisects and in_float64:
                 cause += " " + self.bisected(overrides, name, draws, candidate)
         certificate = Certificate(
             verdict="agrees" if passed else "disagrees",

@@ -186,8 +186,8 @@ class GridEngine(ChecksSteps, AveragesExactly):
         self.held_by = sharding.held_by(module) if self.spec.shards > 1 else {}
         self.reach = Reach(list(self.held_by), self.spec.name, self.data_group, device)
         if self.spec.pipe == 1:  # a pipeline's stages are called one after the other
-            sharded = {fqn: part for fqn, part in module.named_modules() if isinstance(part, FSDPModule)}
-            self.reach.follow({**norms, **sharded})  # type: ignore[dict-item]
+            sharded = [fqn for fqn, part in module.named_modules() if isinstance(part, FSDPModule)]
+            self.reach.follow(norms | {fqn: module.get_submodule(fqn) for fqn in sharded})
         if self.spec.pipe > 1:
             self.steps = self.pipelined(module, net, cast(dict[int, Stage], roots), device)
 

@@ -94,10 +94,10 @@ def num_parts(parameter: Tensor) -> int:
     return count
 
 
-def dealt(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Owned]:
+def dealt(parameters: Iterable[nn.Parameter]) -> dict[Tensor, Owned]:
     """Those that are split, each with an owner, such that owners step about as many elements; collective."""
     loads: dict[int, list[int]] = {}  # by number of parts: elements of each place
-    found = {}
+    found: dict[Tensor, Owned] = {}
     for parameter in parameters:
         parts = num_parts(parameter)
         if parts == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from itertools import chain
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from strategies.boxes import Box
-from strategies.engines.owners import box_of, dealt, num_parts
+from strategies.engines.owners import Owned, box_of, dealt, num_parts
 from strategies.engines.probing import Scope, scope_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Shards:
         if not any(groups):
             raise nothing_to_train(strategy)
         scope = check_scope(optimizer, groups, spec, strategy)
-        self.owned = {} if scope == "element" else dealt(chain(*groups))
+        self.owned: Mapping[Tensor, Owned] = {} if scope == "element" else dealt(chain(*groups))
         # Those that this rank steps, whole or its part of them.
         self.parameters = [[parameter for parameter in group if self.steps(parameter)] for group in groups]
         self.zero = torch.zeros((), dtype=torch.float32, device=local(groups[0][0].detach()).device)
@@ -85,7 +85,7 @@ class Shards:
 
     def box_of(self, part: Tensor) -> Box | None:
         """Which part of a parameter or buffer this rank steps, and has in a checkpoint; None if that is nothing."""
-        owned = self.owned.get(part)  # type: ignore[call-overload]
+        owned = self.owned.get(part)
         if owned is None:
             return box_of(part)
         return Box.whole(part.shape) if owned.is_mine else None
