@@ -25,6 +25,7 @@ class Case:
     unit: str = "block"  # what ZeRO-3 gathers at once
     words: tuple[str, ...] = ()  # further overrides of the candidate alone
     global_batch: int = 16
+    steps: int = STEPS  # optimizer steps
     reference: Literal["plain", "true"] = "plain"  # what one process is: plain Lightning, or Concord's engine
 
     @property
@@ -36,7 +37,7 @@ class Case:
             f"optimizer.lr={0.003 if self.optimizer == 'adamw' else 0.1}",
             "scheduler.warmup_steps=2",
             f"trainer.clip_norm={0.3 if self.clip else 'null'}",
-            f"trainer.max_steps={STEPS}",
+            f"trainer.max_steps={self.steps}",
             "trainer.val_every_steps=null",
             f"data.global_batch_size={self.global_batch}",
             "data.max_val_samples=19",  # ragged at every world size

@@ -17,6 +17,11 @@ class FreeCase(GridCase):
     tied: bool = True
 
     @property
+    def micro_batches(self) -> int:
+        """As few as keep every stage busy: what is saved does not depend on their number."""
+        return self.world_size // self.others_than_pipe
+
+    @property
     def shared(self) -> list[str]:
         # The rate is another in the step behind the checkpoint than in the one before: who restores it wrongly shows.
         return [*super().shared, f"scheduler.warmup_steps={SAVED + 1}"]

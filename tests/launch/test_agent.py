@@ -17,12 +17,13 @@ from launch.job import resolve
 from launch.preflight import check_model
 from launch.schema import validate
 from launch.zygote import Fork, Zygote, end_zygote, zygote_for
-from tests.launch.command import REPOSITORY, TINY, alive, family, rank_process, start, train, wait_for
+from tests.launch import endless, warm
+from tests.launch.command import REPOSITORY, TINY, family, rank_process, start, train, wait_for
+from tests.launch.endless import assert_all_end, training
 from tracking.record import RunRecord
 
 pytestmark = pytest.mark.full
 DDP = ["strategy=ddp", *TINY, "run_dir=run"]
-ENDLESS = [*DDP, "trainer.max_steps=1000000", "trainer.val_every_steps=null"]
 
 # Each case is what a forked process does; the program prints how the agent's side sees it end.
 ENDINGS = """
@@ -64,17 +65,6 @@ print(json.dumps(codes))
 """
 
 
-def start_training(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """A run that has taken its first steps, and all its processes."""
-    process = start(folder, *ENDLESS)
-    metrics = folder / "run/metrics.csv"
-    wait_for(
-        lambda: (metrics.exists() and metrics.stat().st_size > 100) or process.poll() is not None, "the first steps"
-    )
-    assert process.poll() is None, (folder / "err").read_text()
-    return process, family(process.pid)
-
-
 def caught(process: psutil.Process) -> set[signal.Signals]:
     """The signals for which a process has a handler."""
     status = Path(f"/proc/{process.pid}/status").read_text()
@@ -105,42 +95,46 @@ def test_forked_process_ends_as_a_program_does() -> None:
 
 
 def test_ranks_are_forks_of_the_agent_and_react_as_programs_of_their_own(tmp_path: Path) -> None:
-    process, processes = start_training(tmp_path)
-    try:
-        agent = next(p for p in processes if p.name() == "agent")
-        zygote = next(p for p in processes if "launch.zygote" in p.cmdline())
-        assert (agent.ppid(), zygote.ppid()) == (zygote.pid, process.pid)
-        for rank in (0, 1):
-            forked = rank_process(process.pid, rank)
-            assert forked.ppid() == agent.pid
-            assert forked.cmdline() == agent.cmdline()
-            assert os.getpgid(forked.pid) == forked.pid
-            assert signal.SIGQUIT in caught(agent)
-            assert signal.SIGQUIT not in caught(forked)
-    finally:
-        os.kill(process.pid, signal.SIGINT)
-        process.wait(timeout=60)
+    """And a killed zygote, whose fork the agent is, takes the run with it."""
+    process = start(tmp_path, *endless.ENDLESS)
+    wait_for(lambda: training(tmp_path / "run") or process.poll() is not None, "the first steps")
+    assert process.poll() is None, (tmp_path / "err").read_text()
+    processes = family(process.pid)
+    agent = next(p for p in processes if p.name() == "agent")
+    zygote = next(p for p in processes if "launch.zygote" in p.cmdline() and p.ppid() == process.pid)
+    assert agent.ppid() == zygote.pid
+    for rank in (0, 1):
+        forked = rank_process(process.pid, rank)
+        assert forked.ppid() == agent.pid
+        assert forked.cmdline() == agent.cmdline()
+        assert os.getpgid(forked.pid) == forked.pid
+        assert signal.SIGQUIT in caught(agent)
+        assert signal.SIGQUIT not in caught(forked)
+    zygote.kill()
+    assert process.wait(timeout=30) == 1
+    assert_all_end(processes, within_s=5)
+    assert "the agent that runs the ranks was killed by SIGKILL" in (tmp_path / "err").read_text()
 
 
 def test_killed_agent_takes_its_ranks_with_it(tmp_path: Path) -> None:
-    process, processes = start_training(tmp_path)
+    process, processes = endless.start_training(tmp_path)
     next(p for p in processes if p.name() == "agent").kill()
     assert process.wait(timeout=30) == 1
-    wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=5)
+    assert_all_end(processes, within_s=5)
     assert "the agent that runs the ranks was killed by SIGKILL" in (tmp_path / "err").read_text()
 
 
 def test_rank_that_would_not_end_by_itself_is_killed(tmp_path: Path) -> None:
-    process, processes = start_training(tmp_path)
+    process, processes = endless.start_training(tmp_path)
     rank_process(process.pid, 1).suspend()  # any signal but SIGKILL has to wait now
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 130
-    wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=2)
+    assert_all_end(processes, within_s=2)
 
 
 def test_executed_ranks_train_as_forked_ones(tmp_path: Path) -> None:
     """The way that runs on GPUs go, on the CPU."""
-    run = train(tmp_path, *DDP)
+    run = warm.train(tmp_path, *DDP)
     assert (run.returncode, run.stderr) == (0, "")
     executed = tmp_path / "executed"
     (executed / "ranks").mkdir(parents=True)
@@ -161,14 +155,6 @@ def test_forked_ranks_compute_with_several_threads(tmp_path: Path) -> None:
     """They would hang if anything in the agent had used a second thread."""
     run = train(tmp_path, *DDP, "launcher.threads_per_rank=2", "model.net.hidden_size=64", "data.sequence_length=256")
     assert run.returncode == 0, run.stderr
-
-
-def test_killed_zygote_takes_its_run_with_it(tmp_path: Path) -> None:
-    process, processes = start_training(tmp_path)
-    next(p for p in processes if "launch.zygote" in p.cmdline() and p.ppid() == process.pid).kill()
-    assert process.wait(timeout=30) == 1
-    wait_for(lambda: not alive(processes), f"the end of {alive(processes)}", timeout_s=5)
-    assert "the agent that runs the ranks was killed by SIGKILL" in (tmp_path / "err").read_text()
 
 
 def test_runs_of_one_process_are_forked_from_one_zygote(tmp_path: Path) -> None:
