@@ -120,7 +120,7 @@ class SampleDataModule(LightningDataModule):
             micro_batch_size=data.micro_batch_size,
             data_rank=data_rank,
             data_ranks=data_ranks,
-            first_step=trainer.global_step,
+            first_step=trainer.fit_loop.epoch_loop.batch_progress.total.processed // trainer.accumulate_grad_batches,
             last_step=trainer.max_steps,
         )
         return TrainLoader(self._batches(samples), sampler=sampler, **self._loading())

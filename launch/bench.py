@@ -15,6 +15,7 @@ from launch.bare_grid import bare_grid
 from launch.checkpoints import Checkpoints
 from launch.job import Job
 from launch.worker import train
+from models.steps import steps_done
 from strategies.checkpoint import Manifest, checkpoints
 from strategies.grid import Grid
 from strategies.replicate import DDP
@@ -131,9 +132,9 @@ class Watching(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
         now = time.perf_counter()
-        if trainer.global_step > self.tracer.steps[-1] + 1:
+        if steps_done(trainer) > self.tracer.steps[-1] + 1:
             self.laps[self.is_watched].append(now - self.mark)
-            self.is_watched = not self.is_watched or trainer.global_step == trainer.max_steps - 1
+            self.is_watched = not self.is_watched or steps_done(trainer) == trainer.max_steps - 1
             cast(Any, trainer).callbacks, cast(Any, trainer).profiler = self.choices[self.is_watched]
         self.mark = now
 

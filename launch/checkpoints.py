@@ -16,6 +16,7 @@ from launch.job import Job, collective_timeout_s
 from launch.resume import trained
 from launch.schedule import plain, unkept
 from launch.signals import EndedError, asked_by, leave_last_word
+from models.steps import steps_done
 from strategies.checkpoint import (
     File,
     Manifest,
@@ -64,14 +65,14 @@ class Checkpoints(pl.Callback):
             gets_on=self.gets_on,
         )
         if trainer.is_global_zero:
-            clear(self.job.run_dir, trainer.global_step)  # of what an earlier attempt has left
+            clear(self.job.run_dir, steps_done(trainer))  # of what an earlier attempt has left
         if self.votes:
             # A collective: nobody writes before the folder is clear.
             self.vote = Vote(trainer.world_size, collective_timeout_s(self.job.config))
         self.saved_at = time.monotonic()
         self.saved_since = False  # the ballot whose outcome comes next, which could not know of it
-        if self.job.config.resume == str(folder_of(self.job.run_dir, trainer.global_step)):
-            self.saved_step = trainer.global_step  # it is this very checkpoint that the run goes on from
+        if self.job.config.resume == str(folder_of(self.job.run_dir, steps_done(trainer))):
+            self.saved_step = steps_done(trainer)  # it is this very checkpoint that the run goes on from
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,7 +80,7 @@ class Checkpoints(pl.Callback):
         if not self.votes or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the midst of a step
         self.writer.check()
-        step, every = trainer.global_step, self.config.every_steps
+        step, every = steps_done(trainer), self.config.every_steps
         self.draws = list(self.draws_now(trainer)) if self.validates(step) else []
         signal, minutes_due = self.vote.cast(self.asked(trainer), int(self.minutes_are_over(trainer)))
         minutes_due, self.saved_since = minutes_due and not self.saved_since, False
@@ -99,7 +100,7 @@ class Checkpoints(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.saves or not self.config.keep_best:
             return
-        step, loss = trainer.global_step, float(trainer.callback_metrics.get("val/loss", math.nan))
+        step, loss = steps_done(trainer), float(trainer.callback_metrics.get("val/loss", math.nan))
         if math.isfinite(loss) and trainer.is_global_zero:
             note_val_loss(self.job.run_dir, step, loss)
         best = best_steps(val_losses(self.job.run_dir), self.config.keep_best) if trainer.is_global_zero else []
@@ -126,12 +127,12 @@ class Checkpoints(pl.Callback):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save the step that lies behind, unless it is saved already."""
-        if self.saved_step == trainer.global_step:
+        if self.saved_step == steps_done(trainer):
             return
-        self.saved_step, self.saved_since = trainer.global_step, True
+        self.saved_step, self.saved_since = steps_done(trainer), True
         for callback in cast(Any, trainer).callbacks:
             callback.on_save_checkpoint(trainer, trainer.lightning_module, {})  # the meter leaves this step out
-        folder = folder_of(self.job.run_dir, trainer.global_step)
+        folder = folder_of(self.job.run_dir, steps_done(trainer))
         self.writer.save(folder, self.named(trainer), partial(filled, self.manifest(trainer)))
         self.saved_at = time.monotonic()
 
@@ -142,7 +143,7 @@ class Checkpoints(pl.Callback):
         self.writer.wait()
         self.vote.outcome()
         if trainer.is_global_zero:
-            leave_last_word(self.job.run_dir, step=trainer.global_step, saved=self.saves)
+            leave_last_word(self.job.run_dir, step=steps_done(trainer), saved=self.saves)
         raise EndedError(signal)
 
     def named(self, trainer: pl.Trainer) -> Iterator[Named]:
@@ -164,7 +165,7 @@ class Checkpoints(pl.Callback):
         """All that is to be said of a checkpoint but what lies in which file."""
         config = self.job.config
         return Manifest(
-            step=trainer.global_step,
+            step=steps_done(trainer),
             strategy=config.strategy["name"],
             mesh=cast(dict[str, int], self.job.mesh.sizes),
             trained=trained(config),

@@ -150,8 +150,7 @@ def prepare(
     config = config.model_copy(update={"data_digest": digest})
     check_resumed_data(config)
     job = Job.of(config)
-    if job.looks_at_model:
-        preflight.check_model(config, environment(config))
+    preflight.check_model(config, environment(config))
     if job.extensions:
         preflight.build_extensions(job.extensions, config.launcher.accelerator, environment(config))
     if write:

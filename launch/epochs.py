@@ -11,6 +11,8 @@ from typing import Any, final
 import lightning.pytorch as pl
 from lightning.pytorch.trainer import call
 
+from models.steps import steps_done
+
 
 @final
 class Epochs(pl.Callback):
@@ -42,8 +44,8 @@ class Epochs(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch_loop: Any = trainer.fit_loop.epoch_loop
-        if trainer.global_step:  # of a run that goes on
-            count(trainer.fit_loop.epoch_progress, self.completed(trainer.global_step))
+        if steps_done(trainer):  # of a run that goes on
+            count(trainer.fit_loop.epoch_progress, self.completed(steps_done(trainer)))
         self.step_schedules, finish_batch = epoch_loop.update_lr_schedulers, epoch_loop.on_advance_end
 
         def by_step_alone(interval: str, update_plateau_schedulers: bool) -> None:
@@ -52,7 +54,7 @@ class Epochs(pl.Callback):
 
         def finish_batch_and_epochs(data_fetcher: Any) -> None:
             finish_batch(data_fetcher)
-            if trainer.global_step < trainer.max_steps:  # else Lightning ends the last one
+            if steps_done(trainer) < trainer.max_steps:  # else Lightning ends the last one
                 for _ in range(self.ending(trainer)):
                     end_epoch(trainer)
                     begin_epoch(trainer)
@@ -69,7 +71,7 @@ class Epochs(pl.Callback):
         if trainer.fit_loop._should_accumulate():
             return 0
         progress: Any = trainer.fit_loop.epoch_progress.current
-        return self.completed(trainer.global_step) - int(progress.processed)
+        return self.completed(steps_done(trainer)) - int(progress.processed)
 
 
 def count(progress: Any, completed: int) -> None:

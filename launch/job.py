@@ -51,11 +51,6 @@ class Job:
         return (*self.strategy.extensions, *adam)
 
     @property
-    def looks_at_model(self) -> bool:
-        """Whether something of the model may be refused for what the run asks of it."""
-        return bool(self.strategy.needs) or self.config.compile or self.strategy.checks_module
-
-    @property
     def block_keys(self) -> tuple[str, ...]:
         """What the run asks for of the plan's blocks, as the user has written it."""
         mode = self.strategy.activation_checkpointing

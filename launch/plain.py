@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
+from launch.batches import end_by_batches
 from launch.job import Job
 from launch.still import WithoutDropout
 from launch.weights import StartingWeights
+from models.steps import steps_done
 from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.construction import constructing
 from strategies.engines.draws import generators_of, seed_draws, seed_of
@@ -65,7 +67,7 @@ class Draws(pl.Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         device = trainer.strategy.root_device
-        seed_draws(seed_of(self.seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches), device)
+        seed_draws(seed_of(self.seed, steps_done(trainer), batch_idx % trainer.accumulate_grad_batches), device)
         self.generators = generators_of(device)
         self.before = [generator.get_state() for generator in self.generators]
 
@@ -121,12 +123,15 @@ def train_plainly(job: Job, model: LightningModule) -> None:
         enable_progress_bar=False,
         default_root_dir=job.run_dir,
     )
+    if not model.automatic_optimization:
+        end_by_batches(trainer)
     with quiet:
         trainer.fit(model, datamodule=job.data.build())
     traits = {
         "draws": draws.has_drawn,
         "dropout": quiet.found,
         "batch_norms": names_of(model, _BatchNorm),
+        "manual": not model.automatic_optimization,
         "optimizer": type(trainer.optimizers[0]).__name__,
     }
     (job.run_dir / "evidence" / TRAITS).write_text(json.dumps(traits, indent=2) + "\n")

@@ -67,6 +67,7 @@ def main(config_json: str) -> int:
 def check(job: Job) -> None:
     """ValueError if the model, or its plan, does not fit."""
     config, strategy = job.config, job.strategy
+    from launch.manual import check_manual
     from launch.worker import build_model
     from strategies.engines.construction import constructing
     from strategies.engines.extensions import check_compiler
@@ -77,6 +78,7 @@ def check(job: Job) -> None:
     with constructing(model):
         model.configure_model()
     check_plan(job, model)
+    check_manual(job, model)
     strategy.check_module(model, run_of(config, job.data, config.launcher.accelerator))
     if isinstance(strategy, Grid) and strategy.tensor > 1 and isinstance(job.data, SampledData):
         from launch.worker import first_sample

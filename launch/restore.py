@@ -13,6 +13,7 @@ from lightning.pytorch.loops.progress import _ReadyCompletedTracker
 
 from launch.job import Job
 from launch.schedule import restore_schedule
+from models.steps import steps_done
 from strategies.checkpoint import Manifest
 from strategies.engines import checkpoint
 from strategies.engines.checkpoint import Holds, Reader
@@ -62,7 +63,7 @@ class Complete(pl.Callback):
         self.meter = meter
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == trainer.max_steps:
+        if steps_done(trainer) == trainer.max_steps:
             self.meter.on_train_start(trainer, pl_module)
             validate(trainer)
             self.meter.on_train_end(trainer, pl_module)

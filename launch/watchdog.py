@@ -21,6 +21,7 @@ from launch.failure import Failure
 from launch.hang import Standing, ended_path, is_reported, judge, read_standings
 from launch.job import COLLECTIVE_MARGIN_S
 from launch.output import log_path
+from models.steps import steps_done
 from strategies.engines.issued import collectives_issued, set_timeouts, waits_in_call
 
 POLL_S = 0.5  # also how soon the others hear of it
@@ -167,7 +168,7 @@ class Watchdog(pl.Callback):
         self.beats += 1
 
     def in_step(self, trainer: pl.Trainer) -> None:
-        self.during = f"step {trainer.global_step + 1}"
+        self.during = f"step {steps_done(trainer) + 1}"
         self.beat()
 
     def allow(self, seconds: float) -> None:
@@ -209,11 +210,11 @@ class Watchdog(pl.Callback):
         self.beat()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.during = f"the checkpoint of step {trainer.global_step}"
+        self.during = f"the checkpoint of step {steps_done(trainer)}"
         self.beat()
 
     def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.during = f"validation after step {trainer.global_step}"
+        self.during = f"validation after step {steps_done(trainer)}"
         self.beat()
 
     def on_validation_batch_start(self, *_: Any) -> None:

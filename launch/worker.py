@@ -41,6 +41,7 @@ from lightning.pytorch.strategies import Strategy
 
 from datamodules.loading import BatchDataset
 from datamodules.spec import SampledData
+from launch.batches import end_by_batches
 from launch.checkpoints import Checkpoints
 from launch.dispatch import EXIT_FAILED, STARTED, load_resolved
 from launch.epochs import Epochs
@@ -55,6 +56,7 @@ from launch.still import Still, WithoutDropout
 from launch.watchdog import Watchdog
 from launch.weights import StartingWeights
 from models.stats import ModelStats, measure
+from models.steps import steps_done
 from strategies.engines.construction import Construction, keep, written_down
 from strategies.engines.draws import left_alone
 from strategies.engines.finite import StepGuard
@@ -81,7 +83,7 @@ class ValidateAtEnd(Callback):
     """A run's last step is validated, also when `trainer.val_every_steps` does not divide `trainer.max_steps`."""
 
     def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
-        if trainer.global_step >= trainer.max_steps:
+        if steps_done(trainer) >= trainer.max_steps:
             trainer.should_stop = True  # Lightning validates before it stops early, not when max_steps is reached
 
 
@@ -126,6 +128,9 @@ def stats_of(model: LightningModule, job: Job) -> ModelStats | None:
     """
     if not isinstance(job.data, SampledData):
         return None
+    if not model.automatic_optimization:
+        print(f"FLOPs and MFU are not measured: {type(model).__name__} optimizes manually.")
+        return None
     try:
         return measure(model, first_sample(job.data))
     except Exception as error:  # noqa: BLE001  # what meta cannot do, or one sample is too few for: the step is the user's
@@ -157,7 +162,9 @@ def loggers(job: Job, rank: int, run_id: str) -> list[Logger]:
     return [csv] if run is None else [csv, RunLogger(run, save_dir=job.run_dir, tokens_per_step=tokens_per_step)]
 
 
-def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: list[Logger]) -> Trainer:
+def build_trainer(
+    job: Job, model: LightningModule, engine: Strategy, callbacks: list[Callback], sinks: list[Logger]
+) -> Trainer:
     config, trainer = job.config, job.config.trainer
     local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
     validate_every = trainer.val_every_steps or trainer.max_steps
@@ -181,6 +188,8 @@ def build_trainer(job: Job, engine: Strategy, callbacks: list[Callback], sinks: 
         enable_model_summary=False,
         default_root_dir=job.run_dir,
     )
+    if not model.automatic_optimization:
+        end_by_batches(made)
     # Checkpoints answers signals. Lightning would talk to all ranks from inside of a handler, and before every batch.
     made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
@@ -260,13 +269,12 @@ def train_watched(
         engine = job.strategy.build(run_of(config, job.data, config.launcher.accelerator, stats))
         watchdog.beat()
         cast(Guarded, engine).guard.skips = config.trainer.on_nan == "skip"
-        meter = build_meter(job, engine, size, peak_flops)
-        tracer = StepTracer(
-            job.run_dir, {axis: int(size) for axis, size in job.mesh.sizes.items()}, trace_steps(config)
-        )
+        traced = trace_steps(config, model)
+        meter = build_meter(job, engine, size, peak_flops, traced)
+        tracer = StepTracer(job.run_dir, {axis: int(size) for axis, size in job.mesh.sizes.items()}, traced)
         progress = Progress(meter, terminal=terminal, log=log)
         own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), *epochs(job), tracer]
-        own += [*profilers(config, job.run_dir, trace_steps(config)), meter, progress, *nan_finders(config)]
+        own += [*profilers(config, job.run_dir, traced), meter, progress, *nan_finders(config)]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
             if config.evidence_step is not None:
@@ -283,7 +291,7 @@ def train_watched(
             own.append(Still(mode))
         # Compiled blocks would be compiled with the mode; `Still` is enough for them.
         with mode if mode is not None and not config.compile else nullcontext():
-            build_trainer(job, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
+            build_trainer(job, model, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
         if rank == 0:
             results = meter.results().model_copy(update=tracer.results)
             result = record_of(job, run_id, results, size, cast(ShowsState, engine).dtypes)
@@ -322,7 +330,7 @@ def peak_of_device(config: RunConfig) -> float:
     return measure_peak_flops(getattr(torch, config.precision.compute), device)
 
 
-def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: float | None) -> Meter:
+def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: float | None, traced: int) -> Meter:
     guard = cast(Guarded, engine).guard
     return Meter(
         samples_per_step=job.data.global_batch_size,
@@ -334,14 +342,14 @@ def build_meter(job: Job, engine: Strategy, size: record.Stats, peak_flops: floa
         offers=lambda: {"optim/grad_norm": cast(ShowsState, engine).gradient_norm()},
         loss_factor=lambda: guard.terms.factor,
         skipped_steps=(lambda: guard.skipped_steps) if guard.skips else None,
-        trace_steps=trace_steps(job.config),
+        trace_steps=traced,
         profiled=job.config.profile.disturbed if job.config.profile else (),
     )
 
 
-def trace_steps(config: RunConfig) -> int:
-    """How many steps are traced: none of a run that is made to be compared."""
-    return 0 if config.evidence else config.trainer.trace_steps
+def trace_steps(config: RunConfig, model: LightningModule) -> int:
+    """How many steps are traced: none of a run that is made to be compared, nor where one training step is all."""
+    return 0 if config.evidence or not model.automatic_optimization else config.trainer.trace_steps
 
 
 def record_of(

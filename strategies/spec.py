@@ -251,11 +251,6 @@ class Strategy(ABC):
         The net may lie on the meta device.
         """
 
-    @final
-    @property
-    def checks_module(self) -> bool:
-        return type(self).check_module is not Strategy.check_module
-
     @abstractmethod
     def memory(self, stats: ModelStats, workload: Workload) -> Memory:
         """Bytes per rank, of a strategy whose mesh is resolved."""

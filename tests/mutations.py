@@ -218,8 +218,8 @@ MUTANTS = (
         name="StepSeenTwice",
         does="goes on with the samples of the step that lies behind a checkpoint",
         file="datamodules/loading.py",
-        old="first_step=trainer.global_step,",
-        new="first_step=max(0, trainer.global_step - 1),",
+        old="total.processed // trainer.accumulate_grad_batches,",
+        new="total.processed // (2 * trainer.accumulate_grad_batches),",
         tests="tests/datamodules/test_loading.py -k resume",
     ),
     Mutant(

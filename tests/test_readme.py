@@ -101,8 +101,7 @@ def test_command_is_accepted(command: str) -> None:
 def accept(overrides: list[str]) -> None:
     """What the dispatcher does with a run's overrides before it has data or processes."""
     job = Job.of(resolve(validate(compose([*overrides, "launcher.accelerator=cpu"]))))
-    if job.looks_at_model:
-        preflight.check(job)
+    preflight.check(job)
 
 
 def run(command: str, clone: Path) -> None:

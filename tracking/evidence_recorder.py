@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -14,8 +15,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
+
+from models.steps import steps_done
 
 
 class ShowsState(Protocol):
@@ -81,7 +85,7 @@ class EvidenceRecorder(pl.Callback):
         self.first_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.first_step = trainer.global_step  # of a run that goes on from a checkpoint
+        self.first_step = steps_done(trainer)  # of a run that goes on from a checkpoint
         self.shows = self.shows or cast(ShowsState, trainer.strategy)
         self.first_weights = {fqn: wide(weight).copy() for fqn, weight in self.shows.weights()}
 
@@ -93,18 +97,26 @@ class EvidenceRecorder(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self.steps[-1].gradient_norm = float(self.state.gradient_norm())
+        if pl_module.automatic_optimization:
+            self.steps[-1].gradient_norm = float(self.state.gradient_norm())
+        else:  # of all that is stepped by in a batch; nothing of it is in parts
+            self.steps[-1].gradient_norm = math.hypot(self.steps[-1].gradient_norm, norm_of(optimizer))
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if not pl_module.automatic_optimization:
+            self.steps[-1].losses.append(float(loss.detach()))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        assert isinstance(loss, Tensor)
-        # Lightning hands out the loss divided by the accumulation.
-        self.steps[-1].losses.append(float(loss) * trainer.accumulate_grad_batches)
-        if trainer.global_step - self.first_step == len(self.steps):
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if pl_module.automatic_optimization and isinstance(loss, Tensor):
+            # Lightning hands out the loss divided by the accumulation.
+            self.steps[-1].losses.append(float(loss) * trainer.accumulate_grad_batches)
+        if steps_done(trainer) - self.first_step == len(self.steps):
             factor = self.state.loss_factor
-            self.steps[-1].losses = [factor * loss for loss in self.steps[-1].losses]
+            # A step may have none: it was left out, or its module went no way backward.
+            self.steps[-1].losses = [factor * loss for loss in self.steps[-1].losses] or [0.0]
             self.steps.append(StepEvidence())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,6 +137,12 @@ class EvidenceRecorder(pl.Callback):
     def state(self) -> ShowsState:
         assert self.shows is not None
         return self.shows
+
+
+def norm_of(optimizer: Optimizer) -> float:
+    """L2 norm of the gradients that an optimizer is to step by."""
+    gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+    return float(get_total_norm([gradient.to(torch.float64) for gradient in gradients]))
 
 
 def wide(weight: Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from models.steps import steps_done
 from tracking.record import Results
 
 WARMUP_RULE = "the first min(10, max(2, steps // 10)) optimizer steps are left out"
@@ -88,14 +89,14 @@ class Meter(pl.Callback):
         self._peak_gib: list[float] = []
         self._val: dict[str, float] = {}
         self._wall_s = self._startup_s = 0.0
-        self._offered: Mapping[str, float | Tensor] = {}
+        self._offered: dict[str, float | Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         device = trainer.strategy.root_device
         self._device = device
         self._world_size = trainer.world_size
         self._clock = clock_of(device)
-        self._done = self.logged_step = trainer.global_step
+        self._done = self.logged_step = steps_done(trainer)
         self._measured_from = self._done + warmup_steps(trainer.max_steps - self._done)
         traced = traced_steps(self._done + 1, trainer.max_steps, self._trace_steps)
         self._left_out = traced if trainer.max_steps - self._measured_from > len(traced) else range(0)
@@ -103,6 +104,8 @@ class Meter(pl.Callback):
         self._loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._step_loss = torch.zeros_like(self._loss)
         self._averaged_steps = 0
+        self._has_loss = False  # whether the step under way has given one
+        self._gives_losses = False  # whether any has
         if self._peak_flops is not None:
             mine = torch.tensor(self._peak_flops, device=device)
             self._peak_flops = float(trainer.strategy.reduce(mine, reduce_op="mean"))
@@ -113,18 +116,24 @@ class Meter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         # The rate is read here: when the step is over, the schedule has already moved on to the next step's.
-        if self._is_due(trainer, trainer.global_step + 1):
-            self._offered = {"optim/lr": float(optimizer.param_groups[0]["lr"]), **self._offers()}
+        if self._is_due(trainer, steps_done(trainer) + 1):
+            # Of several optimizers, which step one after the other, each has a number of its own but the first.
+            place = next(n for n, one in enumerate(trainer.optimizers) if one is optimizer)
+            found = {"optim/lr": float(optimizer.param_groups[0]["lr"]), **self._offers()}
+            self._offered |= {f"{key}_{place + 1}" if place else key: value for key, value in found.items()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Lightning hands out the loss divided by the accumulation: the sum over a step's micro-batches is its mean.
-        self._step_loss += outputs["loss"]
-        if trainer.global_step == self._done:
+        # A step may return none: Lightning goes on, and hands out nothing.
+        if outputs and "loss" in outputs:
+            self._step_loss += outputs["loss"]
+            self._has_loss = True
+        if steps_done(trainer) == self._done:
             return
         self._end_loss()
-        self._done = trainer.global_step
+        self._done = steps_done(trainer)
         self._end_step()
         if self._is_due(trainer, self._done):
             self._log(trainer)
@@ -133,7 +142,7 @@ class Meter(pl.Callback):
         # Lightning would write validation metrics under the number of finished steps minus one;
         # a logged "step" is its documented way to say otherwise.
         if not trainer.sanity_checking:
-            pl_module.log("step", float(trainer.global_step), sync_dist=True)
+            pl_module.log("step", float(steps_done(trainer)), sync_dist=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -180,11 +189,13 @@ class Meter(pl.Callback):
 
     def _end_loss(self) -> None:
         skipped = self._count_skipped() if self._count_skipped else 0
-        if skipped == self._skipped_steps:
+        if skipped == self._skipped_steps and self._has_loss:
             self._loss += self._step_loss * self._loss_factor()
             self._averaged_steps += 1
+            self._gives_losses = True
         self._skipped_steps = skipped
         self._step_loss.zero_()
+        self._has_loss = False
 
     def _end_step(self) -> None:
         now = self._clock.mark()
@@ -201,7 +212,9 @@ class Meter(pl.Callback):
 
     def _log(self, trainer: pl.Trainer) -> None:
         loss, peaks_gib = self._share(trainer, self._loss / self._averaged_steps)  # NaN if all were left out
-        row = {"train/loss": loss, "mem/peak_gib": max(peaks_gib)}
+        # Of steps that optimize manually none need return a loss.
+        row = {"train/loss": loss} if self._gives_losses or self._count_skipped else {}
+        row["mem/peak_gib"] = max(peaks_gib)
         if self._count_skipped:
             row["train/skipped_steps"] = float(self._skipped_steps)
         self._loss.zero_()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from models.steps import steps_done
 from tracking.evidence import modules_path
 from tracking.evidence_recorder import ShowsState
 
@@ -31,9 +32,9 @@ class ModuleRecorder(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self.step + 1 and self.handles:
+        if steps_done(trainer) == self.step + 1 and self.handles:
             self.finish(trainer)
-        if trainer.global_step != self.step:
+        if steps_done(trainer) != self.step:
             return
         self.number = batch_idx % trainer.accumulate_grad_batches
         if self.number == 0:

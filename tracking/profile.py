@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, schedule
 
+from models.steps import steps_done
 from tracking.meter import traced_steps
 
 
@@ -19,12 +20,12 @@ def profile_path(run_dir: Path, rank: int, suffix: str) -> Path:
 
 def check_steps(trainer: pl.Trainer, disturbed: range, trace_steps: int) -> None:
     """ValueError if a run that goes on has one of these steps behind it, or a StepTracer times one of them."""
-    if trainer.global_step >= disturbed.start:
+    if steps_done(trainer) >= disturbed.start:
         raise ValueError(
-            f"profile.first_step: the run goes on behind step {trainer.global_step}; set profile.first_step="
-            f"{trainer.global_step + 2} or higher."
+            f"profile.first_step: the run goes on behind step {steps_done(trainer)}; set profile.first_step="
+            f"{steps_done(trainer) + 2} or higher."
         )
-    traced = traced_steps(trainer.global_step + 1, trainer.max_steps, trace_steps)
+    traced = traced_steps(steps_done(trainer) + 1, trainer.max_steps, trace_steps)
     if both := set(traced) & set(disturbed):
         raise ValueError(
             f"profile.first_step: step {min(both)} is timed for trace.json, which a profiler would disturb; set "
@@ -55,10 +56,10 @@ class KinetoTrace(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_steps(trainer, range(self.steps.start - 1, self.steps.stop), self.trace_steps)
         self.path = profile_path(self.run_dir, trainer.global_rank, ".json.gz")
-        self.done = trainer.global_step
+        self.done = steps_done(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.profiler is None and trainer.global_step + 2 == self.steps.start:
+        if self.profiler is None and steps_done(trainer) + 2 == self.steps.start:
             self.profiler = self.started(trainer)
 
     def started(self, trainer: pl.Trainer) -> profile:
@@ -81,10 +82,10 @@ class KinetoTrace(pl.Callback):
         return profiler
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.profiler is None or trainer.global_step == self.done:
-            self.done = trainer.global_step
+        if self.profiler is None or steps_done(trainer) == self.done:
+            self.done = steps_done(trainer)
             return
-        self.done = trainer.global_step
+        self.done = steps_done(trainer)
         self.profiler.step()
         if self.done == self.steps[-1]:
             self.stop()
@@ -117,12 +118,12 @@ class MemorySnapshot(pl.Callback):
         self.path = profile_path(self.run_dir, trainer.global_rank, ".pickle")
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if not self.is_recording and trainer.global_step + 1 == self.steps.start:
+        if not self.is_recording and steps_done(trainer) + 1 == self.steps.start:
             torch.cuda.memory._record_memory_history()
             self.is_recording = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.steps[-1]:
+        if steps_done(trainer) == self.steps[-1]:
             self.stop()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

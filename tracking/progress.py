@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from models.steps import steps_done
 from tracking.meter import Meter
 
 # The bar is drawn by the training thread, at most so often: drawing takes about 2 ms, a thread of its own would
@@ -46,7 +47,7 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._first_step = self._step = self._shown_step = trainer.global_step
+        self._first_step = self._step = self._shown_step = steps_done(trainer)
         self._started = time.monotonic()
         if self._enabled and self._terminal is not None:
             self._bar = _Bar(self._terminal, self._log, done=self._step, total=trainer.max_steps)
@@ -54,9 +55,9 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._enabled or trainer.global_step == self._step:
+        if not self._enabled or steps_done(trainer) == self._step:
             return
-        self._step = trainer.global_step
+        self._step = steps_done(trainer)
         if self._step == self._first_step + 1:
             self._after_first = time.monotonic()
         if self._bar is not None:
@@ -79,7 +80,7 @@ class Progress(ProgressBar):
         self._close()
 
     def _say(self, trainer: pl.Trainer, text: str, *, draw: bool) -> None:
-        line = f"step {trainer.global_step}/{trainer.max_steps}  {text}\n"
+        line = f"step {steps_done(trainer)}/{trainer.max_steps}  {text}\n"
         if self._bar is not None:
             with self._losing_terminal():
                 self._bar.say(line, draw=draw)

@@ -15,6 +15,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 from torch.optim import Optimizer
 
+from models.steps import steps_done
 from strategies.engines.grid import GridEngine
 from strategies.schedules import Kind, Step
 from tracking.memory import MemoryCensus
@@ -94,7 +95,7 @@ class StepTracer(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.trainer, self.engine = trainer, trainer.strategy
-        first, last = trainer.global_step + 1, trainer.max_steps
+        first, last = steps_done(trainer) + 1, trainer.max_steps
         self.steps = traced_steps(first, last, self.count)
         self.counted_step = min(first + warmup_steps(last - first + 1) - 1, last) if self.steps else None
         self.clock = clock_of(self.engine.root_device)
@@ -107,7 +108,7 @@ class StepTracer(pl.Callback):
     def begins(self, action: str) -> None:
         """Something begins that Lightning's profiler is told of."""
         if action == FETCH and not self.timer and not self.is_counting:
-            self.start(self.trainer.global_step + 1)
+            self.start(steps_done(self.trainer) + 1)
         if self.timer and action in self.actions:
             self.open[action] = self.clock.mark(), len(self.timer.calls)
 
@@ -185,9 +186,9 @@ class StepTracer(pl.Callback):
             self.stepping_since = self.clock.mark()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if self.timer and trainer.global_step == self.step:
+        if self.timer and steps_done(trainer) == self.step:
             self.finish()
-        if self.is_counting and trainer.global_step == self.counted_step:
+        if self.is_counting and steps_done(trainer) == self.counted_step:
             self.leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from strategies.engines.micro_batches import MicroBatches
@@ -22,6 +23,7 @@ class ChecksSteps(MicroBatches):
 
     norm: Tensor | None = None  # that the guard has looked at, while it is used for clipping
     leaves_out = False  # whether the step under way is left out
+    manual: Optimizer | None = None  # that a module which optimizes manually steps with, or has done so last
 
     def agreed_norm(self, optimizer: Optimizer) -> Tensor:
         """L2 norm of the whole model's gradient, which the guard has looked at; collective."""
@@ -36,12 +38,10 @@ class ChecksSteps(MicroBatches):
         raise NotImplementedError
 
     def connect_guard(self) -> None:
-        """Have the precision plugin, which calls what comes between backward and step, ask the guard.
-
-        A module that optimizes manually steps when it likes, and is not asked.
-        """
+        """Have the precision plugin, which calls what comes between backward and step, ask the guard."""
         module, plugin = self.trained, self.precision_plugin
         if not module.automatic_optimization:
+            self.connect_manual_guard()
             return
         clip_gradients, after_closure = plugin._clip_gradients, plugin._after_closure
         # What a module does to its gradients before they are clipped changes their norm.
@@ -72,6 +72,24 @@ class ChecksSteps(MicroBatches):
         plugin._after_closure = check_first  # type: ignore[method-assign]
         plugin._clip_gradients = clip_or_leave_out  # type: ignore[method-assign,assignment]
         plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign,assignment]
+
+    def connect_manual_guard(self) -> None:
+        """Have the guard end the run before any of a module's own steps by gradients that are no numbers.
+
+        All ranks have the same gradients by then, so that none has to ask another, however often the module steps.
+        """
+        after_closure = self.precision_plugin._after_closure
+        scales = self.run.precision.compute == "float16"  # then the scaler leaves steps out, and lowers its scale
+
+        def check_first(model: Any, optimizer: Any) -> None:
+            self.manual = optimizer
+            gradients = [part.grad for part in stepped_by(optimizer) if part.grad is not None]
+            if gradients and not scales and not get_total_norm(gradients).isfinite():
+                self.guard.problem = f"the gradients that {type(optimizer).__name__} is to step by are nan or inf"
+                self.guard.passes(model.trainer)
+            after_closure(model, optimizer)
+
+        self.precision_plugin._after_closure = check_first  # type: ignore[method-assign]
 
 
 def stepped_by(optimizer: Optimizer) -> Iterator[Tensor]:

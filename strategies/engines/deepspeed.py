@@ -468,6 +468,11 @@ def gathered_at_once(module: pl.LightningModule) -> dict[str, nn.Module]:
 def check_module(module: pl.LightningModule, strategy: str, stage: int) -> None:
     """ValueError for what DeepSpeed would leave out without a word, or stumble over."""
     kind = type(module).__name__
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"strategy={strategy}: DeepSpeed steps one optimizer once per global batch, and {kind} optimizes manually; "
+            f"set automatic_optimization=True, or choose strategy=ddp."
+        )
     if stage == 3:
         check_copies(module, strategy)
     for hook in ("configure_gradient_clipping", "backward"):

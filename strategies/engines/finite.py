@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.steps import steps_done
 from strategies.engines.loss_terms import LossTerms
 
 NAN, INFINITE = 1.0, 2.0  # what a rank says of its loss; 0 of a number
@@ -74,7 +75,7 @@ class StepGuard:
             self.has_warned = True
         if self.problem is None:
             return True
-        step, problem = trainer.global_step + 1, self.problem
+        step, problem = steps_done(trainer) + 1, self.problem
         self.problem = None
         if not self.skips:
             raise ValueError(

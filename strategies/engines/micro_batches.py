@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from models.steps import steps_done
 from strategies.engines.construction import constructing
 from strategies.engines.draws import draws_of, seed_draws, seed_of
 from strategies.engines.finite import StepGuard
@@ -74,7 +75,7 @@ class MicroBatches(Strategy):
             reads.watch()
         call_per_step(self.trained)
         # What a loader in this process draws, before the first step and between steps.
-        self.seed_by("loading", self.trained.trainer.global_step, self.slicing["rank"])
+        self.seed_by("loading", steps_done(self.trained.trainer), self.slicing["rank"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.seed_by(*self.place())
@@ -103,7 +104,7 @@ class MicroBatches(Strategy):
         """Of the micro-batch under way: its optimizer step, and its number in the global batch (datamodules.order)."""
         trainer = self.trained.trainer
         number = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches
-        return trainer.global_step, number * self.slicing["num_replicas"] + self.slicing["rank"]
+        return steps_done(trainer), number * self.slicing["num_replicas"] + self.slicing["rank"]
 
     def seed_by(self, *place: object) -> None:
         seed_draws(seed_of(self.run.seed, *place), self.root_device)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
+from models.steps import steps_done
 from strategies.engines.grid import GridEngine
 from strategies.schedules import Step
 
@@ -39,7 +40,7 @@ class NanFinder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.trainer, self.module = trainer, pl_module
-        self.done, self.steps = trainer.global_step, None
+        self.done, self.steps = steps_done(trainer), None
         if isinstance(trainer.strategy, GridEngine) and trainer.strategy.steps:
             self.steps = trainer.strategy.steps
             self.steps.pipeline.around = self.around(self.steps.pipeline.around)
@@ -51,15 +52,22 @@ class NanFinder(pl.Callback):
                 ]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        first = trainer.global_step != self.done or self.micro_batch == 0
+        first = steps_done(trainer) != self.done or self.micro_batch == 0
         self.micro_batch = 1 if first else self.micro_batch + 1
-        self.done, self.micro_of_pipeline = trainer.global_step, 0
+        self.done, self.micro_of_pipeline = steps_done(trainer), 0
 
     def on_after_backward(self, *_: Any) -> None:
         """No module was found to have made what reached them."""
         is_last = self.steps is None or self.steps.last_unit is not None  # other stages have it from that
         if self.suspect and is_last:
             self.end(self.suspect)
+        if self.module.automatic_optimization:
+            self.forget_backward()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.forget_backward()  # of a module that goes backward when it likes, as often as it likes
+
+    def forget_backward(self) -> None:
         self.let_go(self.of_backward)
         self.watched.clear()
         self.faulty.clear()
@@ -156,7 +164,7 @@ class NanFinder(pl.Callback):
         micro_batch = (self.micro_batch - 1) * per_batch + self.micro_of_pipeline + 1
         what, _, more = cause.partition("; ")
         raise ValueError(
-            f"debug=nan: {what}, in optimizer step {self.trainer.global_step + 1}, micro-batch {micro_batch}, on rank "
+            f"debug=nan: {what}, in optimizer step {steps_done(self.trainer) + 1}, micro-batch {micro_batch}, on rank "
             f"{self.trainer.global_rank}; {more}."
         )
 

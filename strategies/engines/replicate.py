@@ -68,7 +68,8 @@ class WholeModel(ChecksSteps):
             return super().training_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        self.guard.add(closure_loss)
+        if self.module.automatic_optimization:
+            self.guard.add(closure_loss)
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def whole_norm(self, optimizer: Optimizer) -> Tensor:
@@ -88,12 +89,13 @@ class WholeModel(ChecksSteps):
     def gradient_norm(self) -> Tensor:
         # DDP has averaged the gradients by now, so every rank's own norm is the norm of the whole.
         masters = masters_of(self.precision_plugin)
-        stepped = {id(part) for optimizer in self.optimizers for part in stepped_by(optimizer)}
+        stepping = self.optimizers if self.manual is None else [self.manual]
+        stepped = {id(part) for optimizer in stepping for part in stepped_by(optimizer)}
         trained = [one for one in self.module.parameters() if id(masters.get(one, one)) in stepped]
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         # Squares of bfloat16 gradients are not summed in bfloat16.
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.root_device)
 
     def held(self) -> Iterator[Held]:
         """What a checkpoint is made of: all of it is on every rank, which write a part each."""
@@ -175,7 +177,7 @@ class DDPEngine(WholeModel, AveragesExactly):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         result = super().backward(closure_loss, optimizer, *args, **kwargs)
         model = cast(DistributedDataParallel, self.model)
-        if self.module.automatic_optimization and model.require_backward_grad_sync:
+        if model.require_backward_grad_sync:
             self.check_reached(model)
         return result
 
@@ -187,7 +189,7 @@ class DDPEngine(WholeModel, AveragesExactly):
             trained = {id(parameter) for parameter in self.at_start}
             named = self.module.named_parameters()
             missed = (fqn for fqn, parameter in named if id(parameter) in trained and parameter.grad is None)
-            what = next((f"parameter {fqn}" for fqn in missed), "all that an earlier micro-batch's did")
+            what = next((f"parameter {fqn}" for fqn in missed), "all that an earlier backward did")
             raise ValueError(
                 f"strategy=ddp: the loss of rank {self.global_rank} does not reach {what}; set "
                 f"strategy.find_unused_parameters=true, or freeze what nothing uses (requires_grad_(False))."

@@ -113,7 +113,9 @@ def test_collectives_wait_longer_than_the_watchdog_of_either_phase(
     waits: list[float] = []
     monkeypatch.setattr("launch.watchdog.set_timeouts", waits.append)
     watchdog = Watchdog(tmp_path, rank=0, world_size=2, startup_timeout_s=60, timeout_s=3)
-    trainer: Any = SimpleNamespace(global_step=7, accumulate_grad_batches=accumulation)  # of a resumed run
+    trainer: Any = SimpleNamespace(
+        global_step=7, lightning_module=None, accumulate_grad_batches=accumulation
+    )  # of a resumed run
     watchdog.on_fit_start(trainer, trainer)
     found = []
     for _ in range(4 * accumulation):

@@ -124,6 +124,14 @@ class StepsTwiceBackward(Blocks):
         return loss
 
 
+class ClosesTwice(Blocks):
+    """Goes forward and backward twice before a step, as sharpness-aware minimisation does."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
 class Residual(nn.Module):
     """Two convolutions with BatchNorm beside a shortcut, as in ResNet (He et al. 2016)."""
 

@@ -278,7 +278,8 @@ def test_what_deepspeed_would_get_wrong_is_refused(kind: type[own_models.Blocks]
     ("name", "words"),
     [
         ("ClipsByItself", "would ignore ClipsByItself.configure_gradient_clipping"),
-        ("StepsTwiceBackward", "a second backward before the optimizer's step"),
+        ("ClosesTwice", "a second backward before the optimizer's step"),
+        ("StepsTwiceBackward", "and StepsTwiceBackward optimizes manually"),
     ],
 )
 def test_what_ranks_refuse_is_their_last_word(name: str, words: str, tmp_path: Path) -> None:
