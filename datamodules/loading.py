@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.order import Indices, Order, evaluation_batches, evenly_spaced
-from datamodules.spec import SampledData, Samples
+from datamodules.order import Indices, Order, Stream, evaluation_batches, evenly_spaced
+from datamodules.spec import Data, SampledData, Samples
 
 Batch = torch.Tensor | list[torch.Tensor]
 
@@ -38,9 +38,9 @@ class TrainSampler(Sampler[Indices]):
     """
 
     def __init__(
-        self, order: Order, *, micro_batch_size: int, data_rank: int, data_ranks: int, first_step: int, last_step: int
+        self, order: Stream, *, micro_batch_size: int, data_rank: int, data_ranks: int, first_step: int, last_step: int
     ) -> None:
-        self._order = order
+        self.order, self.micro_batch_size = order, micro_batch_size
         self._slice = {"micro_batch_size": micro_batch_size, "data_rank": data_rank, "data_ranks": data_ranks}
         self._num_micro_batches = order.global_batch_size // (micro_batch_size * data_ranks)
         self._first_step, self._last_step = first_step, last_step
@@ -49,9 +49,48 @@ class TrainSampler(Sampler[Indices]):
         return self._last_step * self._num_micro_batches
 
     def __iter__(self) -> Iterator[Indices]:
+        for first in self.starts():
+            yield self.order.indices(first, self.micro_batch_size)
+
+    @property
+    def first_position(self) -> int:
+        return self._first_step * self.order.global_batch_size
+
+    def starts(self) -> Iterator[int]:
+        """The position of each micro-batch's first sample."""
         for step in range(self._first_step, self._last_step):
             for micro in range(self._num_micro_batches):
-                yield self._order.micro_batch(step, micro, **self._slice)
+                yield self.order.first(step, micro, **self._slice)
+
+
+def train_sampler(order: Stream, data: Data, trainer: Trainer) -> TrainSampler:
+    """Micro-batches of this process, from the trainer's optimizer step to its last.
+
+    ValueError when its accumulation is wrong.
+    """
+    data_rank, data_ranks = data_slice(trainer)
+    per_pass = data.micro_batch_size * data_ranks
+    if data.global_batch_size != per_pass * trainer.accumulate_grad_batches:
+        raise ValueError(
+            f"data.global_batch_size={data.global_batch_size} is not data.micro_batch_size="
+            f"{data.micro_batch_size} x {data_ranks} data ranks x accumulate_grad_batches="
+            f"{trainer.accumulate_grad_batches}; give a global batch that is."
+        )
+    return TrainSampler(
+        order,
+        micro_batch_size=data.micro_batch_size,
+        data_rank=data_rank,
+        data_ranks=data_ranks,
+        first_step=trainer.fit_loop.epoch_loop.batch_progress.total.processed // trainer.accumulate_grad_batches,
+        last_step=trainer.max_steps,
+    )
+
+
+def data_slice(trainer: Trainer) -> tuple[int, int]:
+    """This process's data rank, and the number of data ranks."""
+    # Lightning's own strategy for one process does not say.
+    slicing = getattr(trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
+    return slicing["rank"], slicing["num_replicas"]
 
 
 class BatchDataset(Dataset[Batch]):
@@ -105,24 +144,9 @@ class SampleDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Micro-batches from the trainer's optimizer step to its last; ValueError when its accumulation is wrong."""
-        data, trainer = self._data, self._trainer
-        data_rank, data_ranks = self._data_slice()
-        per_pass = data.micro_batch_size * data_ranks
-        if data.global_batch_size != per_pass * trainer.accumulate_grad_batches:
-            raise ValueError(
-                f"data.global_batch_size={data.global_batch_size} is not data.micro_batch_size="
-                f"{data.micro_batch_size} x {data_ranks} data ranks x accumulate_grad_batches="
-                f"{trainer.accumulate_grad_batches}; give a global batch that is."
-            )
-        samples = data.train_samples()
-        sampler = TrainSampler(
-            Order(num_samples=len(samples), global_batch_size=data.global_batch_size, seed=data.seed),
-            micro_batch_size=data.micro_batch_size,
-            data_rank=data_rank,
-            data_ranks=data_ranks,
-            first_step=trainer.fit_loop.epoch_loop.batch_progress.total.processed // trainer.accumulate_grad_batches,
-            last_step=trainer.max_steps,
-        )
+        data, samples = self._data, self._data.train_samples()
+        order = Order(num_samples=len(samples), global_batch_size=data.global_batch_size, seed=data.seed)
+        sampler = train_sampler(order, data, self._trainer)
         return TrainLoader(self._batches(samples), sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -130,7 +154,7 @@ class SampleDataModule(LightningDataModule):
         samples = self._data.val_samples()
         chosen = evenly_spaced(len(samples), self._data.max_val_samples)
         size = self._data.val_batch_size or self._data.micro_batch_size
-        batches = evaluation_batches(len(chosen), size, *self._data_slice())
+        batches = evaluation_batches(len(chosen), size, *data_slice(self._trainer))
         sampler = [chosen[batch] for batch in batches]
         return DataLoader(self._batches(samples), sampler=sampler, **self._loading())
 
@@ -138,12 +162,6 @@ class SampleDataModule(LightningDataModule):
     def _trainer(self) -> Any:
         assert self.trainer is not None, "Lightning sets the trainer before it asks for a loader"
         return self.trainer
-
-    def _data_slice(self) -> tuple[int, int]:
-        """This process's data rank, and the number of data ranks."""
-        # Lightning's own strategy for one process does not say.
-        slicing = getattr(self._trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
-        return slicing["rank"], slicing["num_replicas"]
 
     @property
     def _sees_batches(self) -> bool:
@@ -159,6 +177,6 @@ class SampleDataModule(LightningDataModule):
             "batch_size": None,
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
-            "worker_init_fn": partial(begin_worker, data_rank=self._data_slice()[0]),
+            "worker_init_fn": partial(begin_worker, data_rank=data_slice(self._trainer)[0]),
             "pin_memory": self._sees_batches and self._trainer.strategy.root_device.type == "cuda",
         }

@@ -1,5 +1,6 @@
 """Which samples are in an optimizer step, and which of them belong to a data rank: the one place that knows it."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,33 +68,74 @@ def _encrypt(words: Words, num_bits: int, keys: Words) -> Words:
     return (high << np.uint64(low_bits)) | low
 
 
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """The endless stream of shuffled epochs, cut into global batches.
+class Stream(ABC):
+    """Endless samples, epoch after epoch, cut into global batches.
 
-    Position `p` of the stream is sample `permute(p mod num_samples)` of epoch `p div num_samples`; optimizer step `s`
-    takes positions [s * global_batch_size, (s + 1) * global_batch_size), across the end of an epoch if need be.
+    Optimizer step `s` takes positions [s * global_batch_size, (s + 1) * global_batch_size), across the end of an epoch
+    if need be.
     """
 
-    num_samples: int
     global_batch_size: int
-    seed: int
+
+    @property
+    @abstractmethod
+    def described(self) -> str:
+        """What the order of samples is, in a few words."""
+
+    @abstractmethod
+    def indices(self, first: int, count: int) -> Indices:
+        """Sample indices at the positions [first, first + count)."""
+
+    @abstractmethod
+    def epochs_before(self, position: int) -> int:
+        """How many epochs are over when the sample before `position` has been taken."""
 
     def step_indices(self, step: int) -> Indices:
         """Sample indices of an optimizer step [global_batch_size]."""
-        return self._indices(step * self.global_batch_size, self.global_batch_size)
+        return self.indices(step * self.global_batch_size, self.global_batch_size)
+
+    def first(self, step: int, micro: int, *, micro_batch_size: int, data_rank: int, data_ranks: int) -> int:
+        """Position of the first of the samples of one forward of one data rank; the others follow it."""
+        first = (micro * data_ranks + data_rank) * micro_batch_size
+        assert first + micro_batch_size <= self.global_batch_size, "a micro-batch beyond the end of its step"
+        return step * self.global_batch_size + first
 
     def micro_batch(self, step: int, micro: int, *, micro_batch_size: int, data_rank: int, data_ranks: int) -> Indices:
         """Sample indices [micro_batch_size] of one forward of one data rank.
 
         Over all ranks and micro-batches of a step these are exactly `step_indices(step)`, however they are divided.
         """
-        first = (micro * data_ranks + data_rank) * micro_batch_size
-        assert first + micro_batch_size <= self.global_batch_size, "a micro-batch beyond the end of its step"
-        return self._indices(step * self.global_batch_size + first, micro_batch_size)
+        place = {"micro_batch_size": micro_batch_size, "data_rank": data_rank, "data_ranks": data_ranks}
+        return self.indices(self.first(step, micro, **place), micro_batch_size)
 
-    def _indices(self, first: int, count: int) -> Indices:
+    def epochs_ended(self, step: int) -> int:
+        """How many epochs have ended with the optimizer steps before `step`."""
+        return self.epochs_before(step * self.global_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order(Stream):
+    """Shuffled epochs: position `p` is sample `permute(p mod num_samples)` of epoch `p div num_samples`.
+
+    Not shuffled, it is sample `p mod num_samples`.
+    """
+
+    num_samples: int
+    global_batch_size: int
+    seed: int
+    shuffles: bool = True
+
+    @property
+    def described(self) -> str:
+        return "shuffled" if self.shuffles else "in order"
+
+    def epochs_before(self, position: int) -> int:
+        return position // self.num_samples
+
+    def indices(self, first: int, count: int) -> Indices:
         positions = np.arange(first, first + count, dtype=np.int64)
+        if not self.shuffles:
+            return positions % self.num_samples
         epochs = positions // self.num_samples
         indices = np.empty_like(positions)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):

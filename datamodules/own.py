@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from pydantic import PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
 
 from datamodules.spec import FORBID_EXTRA, Data
@@ -18,13 +19,19 @@ if TYPE_CHECKING:
 class OwnData(Data):
     """Settings of the user's module: `module` is its `_target_` and arguments, `tokens_per_sample` what it counts for.
 
-    The order of samples is the module's business. For its runs to agree under every strategy, its loaders yield
-    `micro_batch_size` samples at a time, and what rank `r` of `n` gets follows from
-    `trainer.strategy.distributed_sampler_kwargs`, not from the global rank.
+    The samples of a data set with `__getitem__` come in the order of the module's own sampler, which is cut into
+    global batches, and these into ranks and micro-batches, as those of any other data. What can only be iterated is
+    read as it is by one data rank; `splits_itself` says that its own code gives each of several its share.
+    `loader_batch_size` is what the training loader has, where that is not `micro_batch_size`.
     """
 
     module: dict[str, Any]
     tokens_per_sample: PositiveInt = 1
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    max_val_samples: PositiveInt | None = None
+    val_batch_size: PositiveInt | None = None  # of a rank, in validation; None is the validation loader's own
+    loader_batch_size: PositiveInt | None = None
+    splits_itself: bool = False
 
     @field_validator("module")
     @classmethod
@@ -37,5 +44,15 @@ class OwnData(Data):
         """Nothing: to ask the module would import torch before launch; Lightning calls its `prepare_data` in rank 0."""
 
     def build(self) -> LightningDataModule:
-        module: LightningDataModule = instantiate(self.module)
-        return module
+        """The user's module, whose loaders give samples in Concord's order; ValueError if it is none."""
+        from lightning.pytorch import LightningDataModule
+
+        from datamodules.own_loading import arrange
+
+        try:
+            module = instantiate(self.module)
+        except InstantiationException as error:
+            raise ValueError(f"data.module: {str(error.__cause__ or error).splitlines()[0]}") from error.__cause__
+        if not isinstance(module, LightningDataModule):
+            raise ValueError(f"data.module._target_={self.module['_target_']} is not a LightningDataModule.")
+        return arrange(module, self)

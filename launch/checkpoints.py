@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from datamodules.own_loading import facts_of, order_of
 from launch.job import Job, collective_timeout_s
 from launch.resume import trained
 from launch.schedule import plain, unkept
@@ -50,12 +51,7 @@ class Checkpoints(pl.Callback):
         self.draws: list[Named] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        reason = unsaved(pl_module, trainer) if self.saves else None
-        if reason and (self.config.asked or self.job.config.resume):
-            raise ValueError(f"checkpoint: {reason}")
-        if reason and trainer.is_global_zero:
-            print(f"No checkpoint is made: {reason}")
-        self.saves = self.saves and reason is None
+        self.refuse(unsaved(pl_module, trainer) if self.saves else None, trainer)
         keep = {"keep_last": self.config.keep_last, "keep_best": self.config.keep_best}
         self.writer = Writer(
             rank=trainer.global_rank,
@@ -73,6 +69,19 @@ class Checkpoints(pl.Callback):
         self.saved_since = False  # the ballot whose outcome comes next, which could not know of it
         if self.job.config.resume == str(folder_of(self.job.run_dir, steps_done(trainer))):
             self.saved_step = steps_done(trainer)  # it is this very checkpoint that the run goes on from
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.refuse(unread(trainer) if self.saves else None, trainer)  # not earlier: now there is a loader
+
+    def refuse(self, reason: str | None, trainer: pl.Trainer) -> None:
+        """Make no checkpoints if there is a reason, and say so; ValueError if the user relies on them."""
+        if reason is None:
+            return
+        if self.config.asked or self.job.config.resume:
+            raise ValueError(f"checkpoint: {reason}")
+        if trainer.is_global_zero:
+            print(f"No checkpoint is made: {reason}")
+        self.saves = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -168,12 +177,25 @@ class Checkpoints(pl.Callback):
             step=steps_done(trainer),
             strategy=config.strategy["name"],
             mesh=cast(dict[str, int], self.job.mesh.sizes),
-            trained=trained(config),
+            trained=trained(config) | facts_of(trainer),
             schedulers=[plain(scheduler.scheduler) for scheduler in trainer.lr_scheduler_configs],
             loss_scale=cast(Holds, trainer.strategy).scaling,
             files={},
             tensors={},
         )
+
+
+def unread(trainer: pl.Trainer) -> str | None:
+    """Why no run could go on in the midst of its data; None where it can."""
+    data = cast(Any, trainer).datamodule
+    if data is not None and is_overridden("state_dict", data):
+        return f"{type(data).__name__}.state_dict is not kept; let what it says follow from the optimizer step."
+    if order_of(trainer) is None:
+        return (
+            "data that can only be iterated cannot be read from the middle on; give the training loader a data set "
+            "with __getitem__, or ask for no checkpoint."
+        )
+    return None
 
 
 def filled(manifest: Manifest, files: dict[str, File], tensors: dict[str, Stored]) -> Manifest:

@@ -11,6 +11,8 @@ from typing import Any, final
 import lightning.pytorch as pl
 from lightning.pytorch.trainer import call
 
+from datamodules.order import Stream
+from datamodules.own_loading import order_of
 from models.steps import steps_done
 
 
@@ -23,15 +25,14 @@ class Epochs(pl.Callback):
     checkpoints, which hold the schedules' states.
 
     Raises ValueError where a schedule that looks at a validated metric is to be stepped per epoch: validations go by
-    optimizer steps.
+    optimizer steps; and where one is to be stepped per epoch of data that only their own code can count.
     """
 
-    def __init__(self, *, num_samples: int, global_batch_size: int) -> None:
-        self.num_samples, self.global_batch_size = num_samples, global_batch_size
+    order: Stream | None = None  # None where there is no telling when an epoch of the data ends
 
     def completed(self, step: int) -> int:
         """How many epochs have ended with this optimizer step, or before."""
-        return step * self.global_batch_size // self.num_samples
+        return self.order.epochs_ended(step) if self.order else 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
@@ -44,6 +45,9 @@ class Epochs(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch_loop: Any = trainer.fit_loop.epoch_loop
+        self.order = order_of(trainer)
+        if self.order is None:
+            check_steps_alone(trainer)
         if steps_done(trainer):  # of a run that goes on
             count(trainer.fit_loop.epoch_progress, self.completed(steps_done(trainer)))
         self.step_schedules, finish_batch = epoch_loop.update_lr_schedulers, epoch_loop.on_advance_end
@@ -72,6 +76,15 @@ class Epochs(pl.Callback):
             return 0
         progress: Any = trainer.fit_loop.epoch_progress.current
         return self.completed(steps_done(trainer)) - int(progress.processed)
+
+
+def check_steps_alone(trainer: pl.Trainer) -> None:
+    for config in trainer.lr_scheduler_configs:
+        if config.interval == "epoch":
+            raise ValueError(
+                f"model: {type(config.scheduler).__name__} is stepped per epoch, and of data that can only be iterated "
+                f"Concord does not know when one ends; give its lr_scheduler interval='step'."
+            )
 
 
 def count(progress: Any, completed: int) -> None:

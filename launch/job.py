@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from datamodules.spec import Data, SampledData
+from datamodules.spec import Data
 from launch.hardware import gpus
 from launch.schema import AUTO, ConfigError, RunConfig, build_spec
 from strategies.spec import Mesh, Run, Strategy
@@ -60,7 +60,7 @@ class Job:
     @property
     def unsaved(self) -> str | None:
         """What of it no checkpoint can hold, and what to choose instead; None where there is nothing."""
-        return unsaved(self.config, self.strategy, self.data)
+        return unsaved(self.strategy)
 
     @classmethod
     def of(cls, config: RunConfig) -> Job:
@@ -242,23 +242,18 @@ def check_checkpoint(config: RunConfig, strategy: Strategy) -> None:
     """What no checkpoint can hold is refused before a run relies on one."""
     if config.resume in (None, AUTO) and not config.checkpoint.asked:
         return
-    reason = unsaved(config, strategy, build_spec(config.data, "data", Data))
+    reason = unsaved(strategy)
     if reason:
         keys = "checkpoint.every_steps, every_minutes, keep_best, at_end"
         raise ConfigError(f"{keys if config.checkpoint.asked else f'resume={config.resume}'}: {reason}")
 
 
-def unsaved(config: RunConfig, strategy: Strategy, data: Data) -> str | None:
+def unsaved(strategy: Strategy) -> str | None:
     """What of a run no checkpoint can hold, and what to choose instead; None where there is nothing."""
     if strategy.unsaved:
         return (
             f"no checkpoint holds {strategy.unsaved}, which strategy={strategy.name} has; choose "
             f"strategy=zero3_offload."
-        )
-    if not isinstance(data, SampledData):
-        return (
-            f"data={config.choices.get('data')} cannot be read from the middle on; choose a data that Concord orders, "
-            f"such as data=text."
         )
     return None
 

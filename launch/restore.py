@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from lightning.pytorch.loops.progress import _ReadyCompletedTracker
 
+from datamodules.own_loading import facts_of
 from launch.job import Job
+from launch.resume import check_seen
 from launch.schedule import restore_schedule
 from models.steps import steps_done
 from strategies.checkpoint import Manifest
@@ -39,6 +41,7 @@ class Restore(pl.Callback):
         stand_at(trainer, self.manifest.step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_seen(self.manifest, facts_of(trainer), self.job.config)
         self.restore_draws(trainer)  # not earlier: the start of a loader draws a number, too
         every = self.job.config.trainer.val_every_steps
         if every is not None and self.manifest.step % every == 0:

@@ -17,6 +17,7 @@ from strategies.spec import Strategy
 TRAINED = ("model", "data")  # sections that decide what is trained on what
 STEPPED = ("model.optimizer.", "model.scheduler.")  # how it is trained may change on the way
 DIGEST = "data.digest"
+SEEN = {"data.samples", "data.order"}  # of data of the user's own, which only a rank can look at
 # Keys that change no training sample and no weight.
 FREE = {
     "model.net.loss_chunk_tokens",
@@ -27,6 +28,7 @@ FREE = {
     "data.folder",
     "data.max_val_samples",
     "data.val_batch_size",
+    "data.loader_batch_size",
 }
 
 
@@ -158,7 +160,17 @@ def check_resumed_data(config: RunConfig) -> None:
 def check_same(manifest: Manifest, config: RunConfig) -> None:
     before, now = manifest.trained, json.loads(json.dumps(trained(config)))  # in the types that JSON has
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    differing = [key for key in differing if key not in {DIGEST, *FREE, *config.resume_despite}]
+    refuse(manifest, now, [key for key in differing if key not in {DIGEST, *SEEN, *FREE, *config.resume_despite}])
+
+
+def check_seen(manifest: Manifest, seen: dict[str, Any], config: RunConfig) -> None:
+    """As `check_same`, of what a rank has found out about the data."""
+    known = sorted(SEEN & (manifest.trained.keys() | seen.keys()) - set(config.resume_despite))
+    refuse(manifest, seen, [key for key in known if manifest.trained.get(key) != seen.get(key)])
+
+
+def refuse(manifest: Manifest, now: dict[str, Any], differing: list[str]) -> None:
+    before = manifest.trained
     if differing:
         key = differing[0]
         more = f" (and {', '.join(differing[1:])} differ)" if differing[1:] else ""

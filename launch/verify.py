@@ -152,6 +152,8 @@ class Verifier:
         if "module" not in asked.data and not asked.data.get("val_batch_size"):
             # A mean that a module takes over a batch counts as its own, here as there.
             words = (*words, f"data.val_batch_size={asked.data['micro_batch_size']}")
+        if "module" in asked.data:  # whose loader keeps the batch size that it has
+            words = (*words, f"++data.loader_batch_size={loader_batch_size(asked)}")
         if words in self.failed:
             raise RunFailedError(self.failed[words])
         if words not in self.runs:
@@ -183,8 +185,6 @@ class Verifier:
         asked = self.asked(overrides)
         resolve(asked)  # a mistake is told before references are trained
         whole, micro = int(asked.data["global_batch_size"]), int(asked.data["micro_batch_size"])
-        if "module" in asked.data:
-            whole = micro  # of the user's own loaders, which give what they give
         draws, conditions = self.first_draws(overrides, whole)
         conditions += conditions_of(draws[0].exact, micro)
         is_random = bool(draws[0].exact.traits["draws"]) and whole != micro
@@ -258,6 +258,11 @@ class Verifier:
         exact, reference = (self.plain(words, kind, micro_batch_size=size)[0] for kind in ("exact", "reference"))
         again = self.run(words, f"{name}-step-{step}").evidence
         return first_parting(exact, reference, again, step, Parting(MARGIN, UNIT_ROUNDOFF[master]))
+
+
+def loader_batch_size(config: RunConfig) -> int:
+    """What the training loader of a data module of the user's own has to have as batch_size."""
+    return int(config.data.get("loader_batch_size") or config.data["micro_batch_size"])
 
 
 def conditions_of(exact: Evidence, micro_batch_size: int) -> list[str]:

@@ -127,6 +127,9 @@ def stats_of(model: LightningModule, job: Job) -> ModelStats | None:
     None where they cannot be made: no sample to count with, or a step that needs values.
     """
     if not isinstance(job.data, SampledData):
+        print(
+            f"FLOPs and MFU are not measured: data={job.config.choices.get('data')} has no sample before it is set up"
+        )
         return None
     if not model.automatic_optimization:
         print(f"FLOPs and MFU are not measured: {type(model).__name__} optimizes manually.")
@@ -273,7 +276,7 @@ def train_watched(
         meter = build_meter(job, engine, size, peak_flops, traced)
         tracer = StepTracer(job.run_dir, {axis: int(size) for axis, size in job.mesh.sizes.items()}, traced)
         progress = Progress(meter, terminal=terminal, log=log)
-        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), *epochs(job), tracer]
+        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), Epochs(), tracer]
         own += [*profilers(config, job.run_dir, traced), meter, progress, *nan_finders(config)]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
@@ -304,14 +307,6 @@ def train_watched(
         watchdog.stop()  # a server that does not answer is no rank that hangs
         finish_wandb(sinks, ok=completed)
     return 0
-
-
-def epochs(job: Job) -> list[Callback]:
-    """What ends epochs of data that Concord orders; a module's own loaders end them by themselves."""
-    if not isinstance(job.data, SampledData):
-        return []
-    num_samples = len(job.data.train_samples())
-    return [Epochs(num_samples=num_samples, global_batch_size=job.data.global_batch_size)]
 
 
 def prepare_extensions(job: Job) -> None:

@@ -211,7 +211,7 @@ MUTANTS = (
         does="shuffles samples by the number of data ranks, too",
         file="datamodules/loading.py",
         old="seed=data.seed)",
-        new="seed=data.seed + data_ranks)",
+        new="seed=data.seed + data_slice(self._trainer)[1])",
         tests="tests/datamodules/test_loading.py -k sees_every_step",
     ),
     Mutant(

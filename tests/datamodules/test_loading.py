@@ -10,56 +10,18 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import get_class, instantiate
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules.images import ImageData
 from datamodules.order import Order
-from datamodules.own import OwnData
 from datamodules.spec import Data, SampledData
 from datamodules.synthetic import SyntheticData
 from datamodules.text import TextData
 from datamodules.tokenizers import vocab_size
+from tests.datamodules.slicing import GLOBAL_BATCH, MICRO_BATCH, QUIET, Recorder, trainer_for
 
 ROOT = Path(__file__).parents[2]
-GLOBAL_BATCH, MICRO_BATCH = 8, 2
-
-pytestmark = [
-    # Reading a memory map takes no worker process: Lightning's advice to start some does not hold for these loaders.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    # Lightning 2.6 asks torch 2.13 for the leaves of a batch in a way that is deprecated there.
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-]
-
-
-class SliceStrategy(SingleDeviceStrategy):
-    """One process that claims to be one data rank of several."""
-
-    def __init__(self, data_rank: int, data_ranks: int) -> None:
-        super().__init__(device="cpu")
-        self.distributed_sampler_kwargs = {"num_replicas": data_ranks, "rank": data_rank}
-
-
-class Recorder(LightningModule):
-    """A model of one weight that keeps every batch it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.trained: list[Any] = []
-        self.validated: list[Any] = []
-
-    def training_step(self, batch: Any) -> torch.Tensor:
-        self.trained.append(batch)
-        return self.weight * 1.0
-
-    def validation_step(self, batch: Any) -> None:
-        self.validated.append(batch)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+pytestmark = QUIET
 
 
 def synthetic_data(**settings: Any) -> SyntheticData:
@@ -73,20 +35,6 @@ def synthetic_data(**settings: Any) -> SyntheticData:
         "max_val_samples": 13,
     }
     return SyntheticData(**(defaults | settings))
-
-
-def trainer_for(*, data_rank: int = 0, data_ranks: int = 1, max_steps: int = 5) -> Trainer:
-    return Trainer(
-        strategy=SliceStrategy(data_rank, data_ranks),
-        max_steps=max_steps,
-        accumulate_grad_batches=GLOBAL_BATCH // (MICRO_BATCH * data_ranks),
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def fit(data: Data, *, data_rank: int = 0, data_ranks: int = 1) -> Recorder:
@@ -173,40 +121,6 @@ def test_text_samples_reach_a_worker_process_by_path_not_by_value(tmp_path: Path
     assert np.array_equal(pickle.loads(pickled).batch(np.array([5]))[0], data.train_samples().batch(np.array([5]))[0])
     seen = torch.cat(fit(data).trained).numpy().reshape(5, GLOBAL_BATCH, 33)
     assert np.array_equal(seen, expected(data, range(5)))
-
-
-class UsersModule(LightningDataModule):
-    """What a user may bring: its own samples, in its own order."""
-
-    def __init__(self, value: int) -> None:
-        super().__init__()
-        self.value = value
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(TensorDataset(torch.full((40,), self.value)), batch_size=MICRO_BATCH)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(TensorDataset(torch.full((2,), self.value)), batch_size=MICRO_BATCH)
-
-
-def own_data(module: dict[str, Any]) -> OwnData:
-    return OwnData(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, tokens_per_sample=7, module=module)
-
-
-def test_a_users_own_module_is_built_only_when_asked() -> None:
-    data = own_data({"_target_": "no.such.module"})
-    data.prepare()
-    assert data.tokens_per_sample == 7
-    with pytest.raises(Exception, match=r"no\.such\.module"):
-        data.build()
-    with pytest.raises(ValueError, match=r"data\.module has no _target_; give data\.module\._target_="):
-        own_data({"value": 5})
-
-
-def test_a_users_own_module_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "users_package", sys.modules[__name__])
-    recorder = fit(own_data({"_target_": "users_package.UsersModule", "value": 5}))
-    assert recorder.trained[0][0].tolist() == [5, 5]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/data").glob("*.yaml")))
