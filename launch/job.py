@@ -260,7 +260,8 @@ def unsaved(strategy: Strategy) -> str | None:
 
 def check_vocabulary(config: RunConfig) -> None:
     """The model must have a row for every token that the data can hold."""
-    tokens, rows = config.data.get("vocab_size"), config.model.get("net", {}).get("vocab_size")
+    net = config.model.get("net")
+    tokens, rows = config.data.get("vocab_size"), net.get("vocab_size") if isinstance(net, dict) else None
     if isinstance(tokens, int) and isinstance(rows, int) and tokens > rows:
         raise ConfigError(
             f"model.net.vocab_size={rows} is smaller than data.vocab_size={tokens}; set model.net.vocab_size={tokens}."

@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,7 @@ def test_epochs_end_where_the_sampler_says() -> None:
 def test_an_iterable_data_set_is_read_again_and_again_with_no_batch_cut_short() -> None:
     expected = [i % NUM_SAMPLES for i in range(STEPS * GLOBAL_BATCH)]
     for workers in (0, 1):
-        seen = stream(lambda n=workers: DataLoader(Streamed(), batch_size=MICRO_BATCH, num_workers=n))
+        seen = stream(partial(DataLoader, Streamed(), batch_size=MICRO_BATCH, num_workers=workers))
         assert seen.ravel().tolist() == expected
 
 

@@ -1,0 +1,78 @@
+"""Data of the user's own under strategies: a step has the samples of one process, and a run goes on with the next."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from strategies.checkpoint import Manifest, folder_of
+from tests.agreement.training import train_case
+from tests.tiers import in_tiers
+from tracking.agreement import Draw, compare
+
+STEPS, SAVED = 6, 3
+OWN = [
+    "model=vit_tiny",
+    "model.net=null",
+    "model._target_=tests.datamodules.own_modules.Small",
+    "data=own",
+    "data.module._target_=tests.datamodules.own_modules.Numbers",
+    "data.global_batch_size=16",
+    "data.micro_batch_size=4",
+    "optimizer=sgd",
+    "optimizer.lr=0.1",
+    "trainer.clip_norm=null",
+    f"trainer.max_steps={STEPS}",
+    "logger=none",
+    "launcher.accelerator=cpu",
+]
+COMPARED = [*OWN, "evidence=true"]
+WHOLE = ["strategy=single", "data.micro_batch_size=16", "data.loader_batch_size=4"]
+WEIGHTED = "+data.module.order=weighted"
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Draw:
+    """Plain Lightning on the same module, which takes each step's samples at once."""
+    folder = tmp_path_factory.mktemp("references")
+    words = [*COMPARED, *WHOLE, "evidence=plain"]
+    return Draw(train_case([*words, "precision=fp64"], folder / "exact"), train_case(words, folder / "reference"))
+
+
+WAYS = {"ddp": 2, "zero2": 2, "fsdp": 4, "pipeline": 2}
+
+
+@pytest.mark.parametrize("strategy", in_tiers(list(WAYS), ["ddp", "pipeline"]))
+def test_a_strategy_trains_on_the_users_samples_as_plain_lightning_does(
+    strategy: str, references: Draw, tmp_path: Path
+) -> None:
+    candidate = train_case([*COMPARED, f"strategy={strategy}", f"launcher.devices={WAYS[strategy]}"], tmp_path)
+    checks = compare([references], candidate, master="float32", parameter="float32")
+    assert [check for check in checks if not check.passed] == []
+    assert len(set(candidate.samples[0])) == 16
+
+
+def test_a_run_goes_on_under_another_strategy_and_world_size_at_the_next_sample(tmp_path: Path) -> None:
+    words = [*COMPARED, WEIGHTED]
+    whole = train_case(
+        [*words, "strategy=ddp", "launcher.devices=2", f"checkpoint.every_steps={SAVED}"], tmp_path / "1"
+    )
+    saved = folder_of(tmp_path / "1", SAVED)
+    assert Manifest.read(saved).trained["data.order"] == "by WeightedRandomSampler"
+    resumed = train_case([*words, "strategy=fsdp", "launcher.devices=4", f"resume='{saved}'"], tmp_path / "2")
+    assert [sorted(step) for step in resumed.samples] == [sorted(step) for step in whole.samples[SAVED:]]
+    assert np.allclose(resumed.losses, whole.losses[SAVED:], rtol=1e-5)
+    log = (tmp_path / "2/rank0.log").read_text()
+    assert re.findall(r"epoch (\d+) ends at step (\d+)", log)[0] == ("1", "6")
+    with pytest.raises(AssertionError, match=r"data\.samples=40, but the checkpoint was written with data\.samples=44"):
+        train_case(
+            [
+                *words,
+                "+data.module.num_samples=40",
+                f"resume='{saved}'",
+                "strategy=single",
+                "resume_despite=[data.module.num_samples]",
+            ],
+            tmp_path / "3",
+        )
