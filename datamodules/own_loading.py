@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from hashlib import blake2b
 from typing import Any, cast
 
 import numpy as np
@@ -20,8 +21,8 @@ from datamodules.endless import Again, Endless
 from datamodules.loading import TrainSampler, data_slice, train_sampler
 from datamodules.order import Indices, Stream, evaluation_batches, evenly_spaced
 from datamodules.own import OwnData
-from datamodules.own_order import stream_of
-from datamodules.placed import PlacedBatches, PlacedSampler, as_it_is, begin_own_worker
+from datamodules.own_order import listed, stream_of
+from datamodules.placed import PlacedBatches, PlacedOnce, PlacedSampler, as_it_is, begin_own_worker
 
 # Where samples are evaluated in an order that changes nothing, they come as they lie.
 PLAIN = (SequentialSampler, RandomSampler, DistributedSampler)
@@ -98,9 +99,8 @@ class OwnLoaders:
         batch_size = self.checked_batch_size(loader)
         order = stream_of(loader, batch_size=batch_size, global_batch_size=data.global_batch_size, seed=data.seed)
         micro_batches = PlacedSampler(train_sampler(order, data, self.trainer))
-        first = micro_batches.first_position
-        what = [len(loader.dataset), order.described, order.indices(first, data.global_batch_size).tolist()]  # type: ignore[arg-type]
-        self.check_alike(what, "train")
+        of_step = order.indices(micro_batches.first_position, data.global_batch_size).tolist()
+        self.check_alike([len(cast(Any, loader.dataset)), order.described, of_step], "train")
         made = self.placed(loader, micro_batches, "train", batch_size=data.micro_batch_size)
         # Lightning knows by these that it may go on in mid-epoch. Where to follows from the step.
         vars(made).update(state_dict=dict, load_state_dict=as_it_is)
@@ -153,16 +153,15 @@ class OwnLoaders:
             self.check_split(loader.dataset, "validation")
             return remade(loader, worker_init_fn=self.worker_init_fn(loader))
         indices = evaluated(loader, self.data.seed)
-        chosen = [indices[number] for number in evenly_spaced(len(indices), self.data.max_val_samples)]
-        self.check_alike(chosen, "val")
+        chosen = indices[evenly_spaced(len(indices), self.data.max_val_samples)]
+        self.check_alike(chosen.tolist(), "val")
         size = self.data.val_batch_size or getattr(loader.batch_sampler, "batch_size", None)
         batches = evaluation_batches(len(chosen), size or self.data.micro_batch_size, *data_slice(self.trainer))
-        places = [[(int(number), chosen[number]) for number in batch] for batch in batches]
-        return self.placed(loader, places, "val")
+        return self.placed(loader, PlacedOnce(chosen, batches), "val")
 
     # --- both -------------------------------------------------------------------------------------------------------
 
-    def placed(self, loader: DataLoader[Any], batches: Sequence[Any] | PlacedSampler, split: str, **more: Any) -> Any:
+    def placed(self, loader: DataLoader[Any], batches: PlacedSampler | PlacedOnce, split: str, **more: Any) -> Any:
         return remade(
             loader,
             dataset=PlacedBatches(loader.dataset, loader.collate_fn, self.data.seed, split),
@@ -189,7 +188,7 @@ class OwnLoaders:
 
     def check_alike(self, what: list[Any], split: str) -> None:
         """ValueError on a rank that has other samples to choose from, or another order, than rank 0."""
-        told = repr(what)
+        told = blake2b(repr(what).encode()).hexdigest()
         if self.trainer.strategy.broadcast(told) != told:
             raise ValueError(
                 f"data.module: {self.name}.{split}_dataloader() gives rank {self.trainer.global_rank} other samples, "
@@ -197,14 +196,14 @@ class OwnLoaders:
             )
 
 
-def evaluated(loader: DataLoader[Any], seed: int) -> list[Any] | Indices:
+def evaluated(loader: DataLoader[Any], seed: int) -> Indices:
     """Every sample that a loader would evaluate, in an order that each rank finds alike."""
     batches: Any = loader.batch_sampler
     if type(batches) is BatchSampler and type(batches.sampler) in PLAIN:
-        return np.arange(len(loader.dataset)).tolist()  # type: ignore[arg-type]
+        return np.arange(len(cast(Any, loader.dataset)))
     with draws_apart():
         seed_by(seed, "val sampler")
-        return [index for batch in batches for index in batch]
+        return listed([index for batch in batches for index in batch])
 
 
 def remade(loader: DataLoader[Any], **changes: Any) -> Any:

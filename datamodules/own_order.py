@@ -42,10 +42,7 @@ class Drawn(Stream):
         assert first >= self._first, "a position that has been left behind"
         self._take(first, keep=False)
         self._take(first + count)
-        # Whatever it gives: whole numbers most often, but a data set may have other keys.
-        indices = np.empty(count, dtype=object)
-        indices[:] = list(islice(self._window, count))
-        return indices
+        return listed(list(islice(self._window, count)))
 
     def epochs_before(self, position: int) -> int:
         self._take(position + 1)  # only who is asked for more says that the epoch is over
@@ -76,6 +73,13 @@ class Drawn(Stream):
             if position == began:
                 raise ValueError(f"data.module: {self._name} gives no sample in epoch {epoch}; give it some.")
             self._ends.append(position)
+
+
+def listed(indices: list[Any]) -> Indices:
+    """What a sampler gives: whole numbers most often, but a data set may have other keys."""
+    held = np.empty(len(indices), dtype=object)
+    held[:] = indices
+    return held
 
 
 @final

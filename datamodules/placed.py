@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, Sampler, Subset, get_worker_info
 
 from datamodules.draws import draws_apart, seed_by
 from datamodules.loading import TrainSampler, begin_worker
+from datamodules.order import Indices
 
 Place = tuple[int, Any]  # a position in the stream, and the sample that is there
 
@@ -26,6 +27,20 @@ class PlacedSampler(Sampler[list[Place]]):
     def __iter__(self) -> Iterator[list[Place]]:
         for first, indices in zip(self._micro_batches.starts(), self._micro_batches, strict=True):
             yield list(enumerate(indices.tolist(), first))
+
+
+class PlacedOnce(Sampler[list[Place]]):
+    """Batches of the samples `chosen`, each given by their positions among them."""
+
+    def __init__(self, chosen: Indices, batches: list[Indices]) -> None:
+        self._chosen, self._batches = chosen, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for positions in self._batches:
+            yield list(zip(positions.tolist(), self._chosen[positions].tolist(), strict=True))
 
 
 class PlacedBatches(Dataset[Any]):

@@ -76,3 +76,28 @@ def test_a_run_goes_on_under_another_strategy_and_world_size_at_the_next_sample(
             ],
             tmp_path / "3",
         )
+
+
+def test_data_that_can_only_be_iterated_train_and_are_compared_on_one_data_rank(tmp_path: Path) -> None:
+    words = [*COMPARED, "+data.module.order=iterable"]
+    alone = train_case([*words, *WHOLE, "evidence=plain"], tmp_path / "whole")
+    staged = train_case([*words, "strategy=pipeline", "launcher.devices=2"], tmp_path / "pipeline")
+    assert staged.samples == alone.samples
+    assert np.allclose(staged.losses, alone.losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["strategy=ddp", "launcher.devices=2"], r"data\.module: Passed, of Numbers's training, .*splits_itself=true"),
+        (["checkpoint.every_steps=2"], r"checkpoint: data that can only be iterated cannot be read from the middle on"),
+        (
+            ["model._target_=tests.datamodules.own_modules.PerEpoch"],
+            r"model: StepLR is stepped per epoch, and .*'step'",
+        ),
+    ],
+    ids=["ranks", "checkpoints", "schedules"],
+)
+def test_what_data_that_can_only_be_iterated_cannot_do_is_refused(words: list[str], line: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=line):
+        train_case([*OWN, "strategy=single", "+data.module.order=iterable", *words], tmp_path)

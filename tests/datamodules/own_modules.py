@@ -76,3 +76,11 @@ class Small(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         return self.make_optimizer(self.parameters())
+
+
+class PerEpoch(Small):
+    """Its rate is halved after each epoch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters())
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)}
