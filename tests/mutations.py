@@ -223,6 +223,22 @@ MUTANTS = (
         tests="tests/datamodules/test_loading.py -k resume",
     ),
     Mutant(
+        name="OwnDrawsRepeated",
+        does="gives each sample of a user's own data the same random numbers",
+        file="datamodules/placed.py",
+        old="seed_by(*self._place, position)",
+        new="seed_by(*self._place)",
+        tests="tests/datamodules/test_own.py -k draws",
+    ),
+    Mutant(
+        name="OwnSamplerStartsAnew",
+        does="has a run that goes on begin with the first epoch of the user's sampler",
+        file="datamodules/own_order.py",
+        old="        if missing > 0:\n",
+        new="        if missing > 0 and keep:\n",
+        tests="tests/datamodules/test_own.py -k goes_on_takes",
+    ),
+    Mutant(
         name="RateOneStepBehind",
         does="goes on with the learning rate of the step that lies behind a checkpoint",
         file="launch/schedule.py",
