@@ -76,12 +76,13 @@ def train_sampler(order: Stream, data: Data, trainer: Trainer) -> TrainSampler:
             f"{data.micro_batch_size} x {data_ranks} data ranks x accumulate_grad_batches="
             f"{trainer.accumulate_grad_batches}; give a global batch that is."
         )
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress  # Lightning counts other steps where a module makes them
     return TrainSampler(
         order,
         micro_batch_size=data.micro_batch_size,
         data_rank=data_rank,
         data_ranks=data_ranks,
-        first_step=trainer.fit_loop.epoch_loop.batch_progress.total.processed // trainer.accumulate_grad_batches,
+        first_step=batches.total.processed // trainer.accumulate_grad_batches,
         last_step=trainer.max_steps,
     )
 
