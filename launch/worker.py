@@ -43,6 +43,7 @@ from datamodules.loading import BatchDataset
 from datamodules.spec import SampledData
 from launch.batches import end_by_batches
 from launch.checkpoints import Checkpoints
+from launch.counting import CountsFirstBatch, counted
 from launch.dispatch import EXIT_FAILED, STARTED, load_resolved
 from launch.epochs import Epochs
 from launch.failure import record_error
@@ -55,7 +56,7 @@ from launch.signals import EndedError
 from launch.still import Still, WithoutDropout
 from launch.watchdog import Watchdog
 from launch.weights import StartingWeights
-from models.stats import ModelStats, measure
+from models.stats import ModelStats
 from models.steps import steps_done
 from strategies.engines.construction import Construction, keep, written_down
 from strategies.engines.draws import left_alone
@@ -126,20 +127,8 @@ def stats_of(model: LightningModule, job: Job) -> ModelStats | None:
 
     None where they cannot be made: no sample to count with, or a step that needs values.
     """
-    if not isinstance(job.data, SampledData):
-        print(
-            f"FLOPs and MFU are not measured: data={job.config.choices.get('data')} has no sample before it is set up"
-        )
-        return None
-    if not model.automatic_optimization:
-        print(f"FLOPs and MFU are not measured: {type(model).__name__} optimizes manually.")
-        return None
-    try:
-        return measure(model, first_sample(job.data))
-    except Exception as error:  # noqa: BLE001  # what meta cannot do, or one sample is too few for: the step is the user's
-        reason = str(error).strip() or type(error).__name__
-        print(f"FLOPs and MFU are not measured: {reason.splitlines()[0]}")
-        return None
+    data = job.data
+    return counted(model, lambda: first_sample(data)) if isinstance(data, SampledData) else None
 
 
 def first_sample(data: SampledData) -> Any:
@@ -276,8 +265,11 @@ def train_watched(
         meter = build_meter(job, engine, size, peak_flops, traced)
         tracer = StepTracer(job.run_dir, {axis: int(size) for axis, size in job.mesh.sizes.items()}, traced)
         progress = Progress(meter, terminal=terminal, log=log)
-        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), Epochs(), tracer]
-        own += [*profilers(config, job.run_dir, traced), meter, progress, *nan_finders(config)]
+        epochs = Epochs()
+        own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), epochs]
+        if rank == 0 and not config.evidence and not isinstance(job.data, SampledData):
+            own.append(CountsFirstBatch(shadow, meter, job.data.micro_batch_size))  # till now there was no sample
+        own += [tracer, *profilers(config, job.run_dir, traced), meter, progress, *nan_finders(config)]
         if config.evidence:
             own.append(EvidenceRecorder(job.run_dir))
             if config.evidence_step is not None:
@@ -297,7 +289,9 @@ def train_watched(
             build_trainer(job, model, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
         if rank == 0:
             results = meter.results().model_copy(update=tracer.results)
-            result = record_of(job, run_id, results, size, cast(ShowsState, engine).dtypes)
+            size = size.model_copy(update={"flops_per_sample": meter.flops_per_sample})
+            order = epochs.order.described if epochs.order else None
+            result = record_of(job, run_id, results, size, cast(ShowsState, engine).dtypes, order)
             result.write(job.run_dir / "record.json")
             log_record(sinks, result, job.run_dir)
         completed = True
@@ -348,9 +342,14 @@ def trace_steps(config: RunConfig, model: LightningModule) -> int:
 
 
 def record_of(
-    job: Job, run_id: str, results: record.Results, size: record.Stats, dtypes: Mapping[str, str]
+    job: Job,
+    run_id: str,
+    results: record.Results,
+    size: record.Stats,
+    dtypes: Mapping[str, str],
+    order: str | None,
 ) -> RunRecord:
-    """The run's record; the formats in it are those that were found in use."""
+    """The run's record; the formats in it are those that were found in use, and so is the order of samples."""
     config = job.config
     on_gpu = config.launcher.accelerator == "gpu"
     return RunRecord(
@@ -376,6 +375,7 @@ def record_of(
             micro=job.data.micro_batch_size,
             accumulation=job.accumulation,
             tokens_per_sample=job.data.tokens_per_sample,
+            order=order,
         ),
         results=results,
     )

@@ -75,7 +75,7 @@ class Meter(pl.Callback):
         self._samples_per_step = samples_per_step
         self._tokens_per_sample = tokens_per_sample
         self._log_every_steps = log_every_steps
-        self._flops_per_sample = flops_per_sample
+        self.flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
         self._started_at = time.time() if started_at is None else started_at
         self._offers = offers
@@ -237,9 +237,9 @@ class Meter(pl.Callback):
 
     def _mfu(self, step_s: float) -> float | None:
         # Model FLOPs utilisation: PaLM (arXiv 2204.02311), appendix B.
-        if self._flops_per_sample is None or self._peak_flops is None:
+        if self.flops_per_sample is None or self._peak_flops is None:
             return None
-        return self._flops_per_sample * self._samples_per_step / step_s / (self._world_size * self._peak_flops)
+        return self.flops_per_sample * self._samples_per_step / step_s / (self._world_size * self._peak_flops)
 
     def _share(self, trainer: pl.Trainer, value: Tensor) -> tuple[float, list[float]]:
         """Mean of `value` (scalar) over the ranks, and peak GiB of each rank, by one mean over the ranks.

@@ -76,6 +76,7 @@ class Batch(_Schema):
     micro: int
     accumulation: int
     tokens_per_sample: int
+    order: str | None = None  # of the samples; None where only the data's own code knows it, and in older records
 
 
 @final

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from strategies.checkpoint import Manifest, folder_of
-from tests.agreement.training import train_case
+from tests.agreement.training import job_of, run_job, train_case, train_rank
 from tests.tiers import in_tiers
 from tracking.agreement import Draw, compare
+from tracking.record import RunRecord
 
 STEPS, SAVED = 6, 3
 OWN = [
@@ -108,3 +109,14 @@ def test_what_data_that_can_only_be_iterated_cannot_do_is_refused(case: str, tmp
     words, line = REFUSED[case]
     with pytest.raises(AssertionError, match=line):
         train_case([*OWN, "strategy=single", "+data.module.order=iterable", *words], tmp_path)
+
+
+def test_the_record_says_the_order_of_samples_and_what_one_costs(tmp_path: Path) -> None:
+    job = job_of([*OWN, WEIGHTED, "strategy=ddp", "launcher.devices=2"], tmp_path)
+    run_job(job, train_rank, job, None, None)
+    record = RunRecord.read(tmp_path / "record.json")
+    assert (record.batch.global_, record.batch.micro, record.batch.order) == (16, 4, "by WeightedRandomSampler")
+    # A multiply-add is 2 FLOPs; backward makes two products of each matrix, but one of the first, which has no input
+    # gradient.
+    products = [64 * 32, 32 * 32, 32 * 10]
+    assert record.model_stats.flops_per_sample == 2 * (3 * sum(products) - products[0])
