@@ -43,7 +43,7 @@ class Checkpoints(pl.Callback):
     def __init__(self, job: Job, gets_on: Callable[[], None] = checkpoint.nothing) -> None:
         """`gets_on` is called as often as a save that is waited for has got on."""
         self.job, self.config, self.gets_on = job, job.config.checkpoint, gets_on
-        self.votes = job.unsaved is None  # else there is no telling that ranks come by here equally often
+        self.votes = job.unsaved is None  # else who asks a run to end has it end at once
         self.saves = self.votes and (self.config.asked or not job.config.evidence)
         self.saved_step: int | None = None
         # Where this rank's generators stood before the validation under way: it draws numbers, and is done again by a

@@ -88,27 +88,32 @@ def test_data_that_can_only_be_iterated_train_and_are_compared_on_one_data_rank(
     assert np.allclose(staged.losses, alone.losses, rtol=1e-5)
 
 
+ITERABLE = "+data.module.order=iterable"
 REFUSED = {
     "ranks": (
-        ["strategy=ddp", "launcher.devices=2"],
+        [ITERABLE, "strategy=ddp", "launcher.devices=2"],
         r"data\.module: Passed, of Numbers's training, .*splits_itself=true",
     ),
     "checkpoints": (
-        ["checkpoint.every_steps=2"],
+        [ITERABLE, "checkpoint.every_steps=2"],
         r"checkpoint: data that can only be iterated cannot be read from the middle on; give ",
     ),
     "schedules": (
-        ["model._target_=tests.datamodules.own_modules.PerEpoch"],
+        [ITERABLE, "model._target_=tests.datamodules.own_modules.PerEpoch"],
         r"model: StepLR is stepped per epoch, and .* give its lr_scheduler interval='step'",
+    ),
+    "state": (
+        ["data.module._target_=tests.datamodules.own_modules.Remembers", "checkpoint.every_steps=2"],
+        r"checkpoint: Remembers\.state_dict is not kept; let what it says follow from the optimizer step",
     ),
 }
 
 
 @pytest.mark.parametrize("case", in_tiers(list(REFUSED), ["checkpoints"]))
-def test_what_data_that_can_only_be_iterated_cannot_do_is_refused(case: str, tmp_path: Path) -> None:
+def test_what_data_of_the_users_own_cannot_do_is_refused(case: str, tmp_path: Path) -> None:
     words, line = REFUSED[case]
     with pytest.raises(AssertionError, match=line):
-        train_case([*OWN, "strategy=single", "+data.module.order=iterable", *words], tmp_path)
+        train_case([*OWN, "strategy=single", *words], tmp_path)
 
 
 def test_the_record_says_the_order_of_samples_and_what_one_costs(tmp_path: Path) -> None:

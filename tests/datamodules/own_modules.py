@@ -37,6 +37,13 @@ class Numbers(pl.LightningDataModule):
         return DataLoader(self.val_set, batch_size=self.batch_size)
 
 
+class Remembers(Numbers):
+    """It would have something of its own in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": 1}
+
+
 class Passed(IterableDataset[Any]):
     """A data set that can only be read from its start to its end."""
 
