@@ -84,7 +84,7 @@ class OwnLoaders:
             )
         if not isinstance(loader, DataLoader):
             self.check_split(loader, "training")
-            return Again(loader, self.data.loader_batch_size or self.data.micro_batch_size)
+            return Again(loader, self.data.micro_batch_size)
         if isinstance(loader.dataset, IterableDataset):
             return self.endless(loader)
         return self.in_order(loader)
@@ -109,8 +109,7 @@ class OwnLoaders:
     def endless(self, loader: DataLoader[Any]) -> Any:
         self.check_split(loader.dataset, "training")
         if loader.batch_sampler is None:
-            size = self.data.loader_batch_size or self.data.micro_batch_size
-            return Again(remade(loader, worker_init_fn=self.worker_init_fn(loader)), size)
+            return Again(remade(loader, worker_init_fn=self.worker_init_fn(loader)), self.data.micro_batch_size)
         self.checked_batch_size(loader)
         size = self.data.micro_batch_size
         return remade(

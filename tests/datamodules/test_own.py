@@ -367,6 +367,11 @@ REFUSED: dict[str, tuple[Make, dict[str, Any], str]] = {
     "no samples": (lambda: DataLoader(Listed(0), MICRO_BATCH), {}, r"^data\.module: the training set has no samples"),
     "no samples to iterate": (lambda: DataLoader(Streamed(0), MICRO_BATCH), {}, r"Streamed gives nothing to train on"),
     "an empty sampler": (lambda: loader(sampler=[]), {}, r"^data\.module: list gives no sample in epoch 0"),
+    "batches that cannot be cut anew": (
+        IterablePairs,
+        {"micro_batch_size": 4, "loader_batch_size": 2},
+        r"^data\.micro_batch_size=4, but the training loader gives a batch of 2 samples; ",
+    ),
     "batches of another size": (
         Uneven,
         {},
