@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any, cast
 
 import numpy as np
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -40,7 +41,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, PlacedSampler):
         return {}
-    return {"data.samples": len(loader.dataset), "data.order": sampler.order.described}
+    return {"data.samples": sized_len(loader.dataset), "data.order": sampler.order.described}
 
 
 def arrange(module: LightningDataModule, data: OwnData) -> LightningDataModule:
@@ -100,7 +101,7 @@ class OwnLoaders:
         order = stream_of(loader, batch_size=batch_size, global_batch_size=data.global_batch_size, seed=data.seed)
         micro_batches = PlacedSampler(train_sampler(order, data, self.trainer))
         of_step = order.indices(micro_batches.first_position, data.global_batch_size).tolist()
-        self.check_alike([len(cast(Any, loader.dataset)), order.described, of_step], "train")
+        self.check_alike([sized_len(loader.dataset), order.described, of_step], "train")
         made = self.placed(loader, micro_batches, "train", batch_size=data.micro_batch_size)
         # Lightning knows by these that it may go on in mid-epoch. Where to follows from the step.
         vars(made).update(state_dict=dict, load_state_dict=as_it_is)

@@ -200,13 +200,17 @@ def test_a_sampler_of_the_users_own_is_asked_epoch_after_epoch() -> None:
     assert (pairs[:, 0] % 2 == 0).all()
 
 
-def test_an_endless_sampler_is_not_waited_for() -> None:
+def test_an_endless_sampler_of_a_data_set_without_a_length_is_not_waited_for() -> None:
+    class Squares(Dataset[torch.Tensor]):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.tensor(index * index)
+
     class Endless(Sampler[int]):
         def __iter__(self) -> Iterator[int]:
             while True:
                 yield 4
 
-    assert set(stream(lambda: loader(sampler=Endless())).ravel()) == {4}
+    assert set(stream(lambda: DataLoader(Squares(), batch_size=MICRO_BATCH, sampler=Endless())).ravel()) == {16}
 
 
 @pytest.mark.parametrize("order", ["shuffled", "weighted", "counting"])
