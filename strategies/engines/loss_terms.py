@@ -8,7 +8,7 @@ batch computes (transformers#34191 tells of the same mistake).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -162,7 +162,7 @@ class LossTerms:
 
     def terms_of(self, output: Any, share: float, samples: int) -> Terms | None:
         loss = loss_of(output)
-        if isinstance(output, dict) and NUM_TARGETS in output:
+        if isinstance(output, Mapping) and NUM_TARGETS in output:
             return Terms(declared(output[NUM_TARGETS]), samples * share, varies=True)
         terms = list(terms_in(loss.grad_fn))
         counted = [term for term in terms if term.varies]
@@ -180,7 +180,7 @@ class LossTerms:
 
 
 def loss_of(output: Any) -> Tensor:
-    loss: Tensor = output["loss"] if isinstance(output, dict) else output
+    loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
     return loss
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from strategies.engines.construction import constructing
 from strategies.engines.draws import draws_of, seed_draws, seed_of
 from strategies.engines.finite import StepGuard
 from strategies.engines.loss_terms import times
+from strategies.engines.outputs import check_output
 from strategies.engines.own_code import Reads
 from strategies.spec import Run
 
@@ -111,12 +112,13 @@ class MicroBatches(Strategy):
 
     def weighed(self, output: Any) -> Any:
         """What a training step returned, with its loss weighed by its terms."""
-        loss = output.get("loss") if isinstance(output, dict) else output
-        if not isinstance(loss, Tensor) or not self.trained.automatic_optimization:
+        check_output(self.trained, output)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if output is None or not self.trained.automatic_optimization:
             return output
         weight = self.guard.terms.weight_of(output, share=1.0, samples=self.run.micro_batch_size, group=self.loss_group)
         loss = times(loss, weight)
-        return {**output, "loss": loss} if isinstance(output, dict) else loss
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
 
 def call_per_step(module: pl.LightningModule) -> None:

@@ -225,6 +225,12 @@ class LogRelay:
         dist.broadcast(message, self.source, group=self.group)
         return message.tolist()
 
+    def shared(self, tree: Any) -> Any:
+        """The source's `tree`, on every rank of the group."""
+        box = [tree_map(lambda part: moved(part, "cpu"), tree) if self.is_source else None]
+        dist.broadcast_object_list(box, src=self.source, group=self.group)
+        return tree if self.is_source else tree_map(lambda part: moved(part, self.device), box[0])
+
     def of_step(self, fqn: str, value: Tensor) -> Metric:
         """The metric object called `fqn`, whose value for the step was `value`."""
         metric = self.module.get_submodule(fqn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from strategies.engines import sharding
 from strategies.engines.draws import draws_of, seed_of
-from strategies.engines.loss_terms import LossTerms, times
+from strategies.engines.loss_terms import LossTerms, loss_of, times
+from strategies.engines.outputs import check_output, joined_rest, looked_at, refused, rest_of
 from strategies.engines.pipeline import Pipeline, order_of, takes_gradient
 from strategies.engines.relay import Entry, LogRelay, NetCall, merge
 from strategies.schedules import Order, forward_only, rank_of, with_transfers
@@ -53,8 +54,11 @@ class PipelinedSteps:
         self.sharded_roots = [stage for stage in pipeline.stages.values() if isinstance(stage, FSDPModule)]
         self.has_trained = False
 
-    def train(self, batch: Any, *rest: Any) -> Tensor:
-        """The step's mean loss, on every rank; its gradients are in the parameters, to be reduced yet."""
+    def train(self, batch: Any, *rest: Any) -> Tensor | dict[str, Any]:
+        """The step's mean loss, on every rank, and what else it returned where somebody looks at that.
+
+        Its gradients are in the parameters, to be reduced yet.
+        """
         for root in self.sharded_roots:
             sharding.hold(root)
         parts, sizes = split(batch, self.spec.micro_batches)
@@ -64,6 +68,7 @@ class PipelinedSteps:
         owner = type(self.module).__name__
         losses: list[Tensor] = []
         logged: list[list[Entry]] = []
+        others: list[dict[str, Any]] = []
         odd: list[list[Any]] = []  # what an evaluation will have to join otherwise than by rows
         rows_of: list[int] = []
 
@@ -78,7 +83,9 @@ class PipelinedSteps:
             with self.relay.recording() as entries, self.same_draws("train", micro):
                 result = self.finish(partial(step, parts[micro], *rest), output)
             logged.append(entries)
-            loss = loss_in(result, owner)
+            loss = self.loss_in(result)
+            if self.shows_outputs:
+                others.append(rest_of(result))
             if not self.has_trained:
                 self.net_call.check_loss(loss)
             weight = self.terms.weight_of(result, share=weights[micro], samples=sum(sizes), group=self.data_group)
@@ -92,11 +99,32 @@ class PipelinedSteps:
                 joined(same, rows_of, owner)  # it fails now rather than at the first validation
         self.has_trained = True
         merged = merge(logged, weights, owner) if logged else []
-        loss = self.relay.replay(merged, loss=float(sum(losses)))
-        return torch.tensor(loss, device=self.pipeline.link.device)
+        loss = torch.tensor(self.relay.replay(merged, loss=float(sum(losses))), device=self.pipeline.link.device)
+        if not self.shows_outputs:
+            return loss
+        return {**self.relay.shared(joined_rest(others, sizes, owner) if others else {}), "loss": loss}
+
+    @cached_property
+    def shows_outputs(self) -> bool:
+        """Whether somebody looks at what training steps return."""
+        return looked_at(self.module, "on_train_batch_end")
+
+    @cached_property
+    def shows_evaluations(self) -> bool:
+        hooks = ("on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
+        return any(looked_at(self.module, hook) for hook in hooks)
+
+    def loss_in(self, result: Any) -> Tensor:
+        """The loss among what a training step returned."""
+        if result is None:
+            raise refused(self.module, "returns no loss", "return one for every batch, or choose strategy=single")
+        check_output(self.module, result)
+        return loss_of(result)
 
     def evaluate(self, step: Callable[..., Any], batch: Any, *rest: Any) -> Any:
-        """What `step` returns, on the ranks of the last stage; it is called with the whole batch.
+        """What `step` returns, on the ranks of the last stage, and on all where somebody looks at it.
+
+        It is called with the whole batch.
 
         Its net's arguments are cut into micro-batches, and the net's outputs joined.
         """
@@ -122,7 +150,7 @@ class PipelinedSteps:
             with self.relay.recording() as entries, self.forward_context(), self.same_draws(*place):
                 result = self.finish(partial(step, batch, *rest), joined)
         self.relay.replay(entries)
-        return result
+        return self.relay.shared(result) if self.shows_evaluations else result
 
     def run(
         self,
@@ -261,14 +289,3 @@ def kept_if_odd(part: Any, rows: int) -> Any:
     if isinstance(part, Tensor):
         return ByRows() if part.ndim and len(part) == rows else part.detach().clone()
     return part
-
-
-def loss_in(result: Any, owner: str) -> Tensor:
-    """The loss among what a training step returns."""
-    loss = result["loss"] if isinstance(result, dict) else result
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"strategy.mesh.pipe: {owner}.training_step returns {type(loss).__name__} instead of a loss; return a "
-            f"tensor for every batch, or choose strategy=fsdp."
-        )
-    return loss
