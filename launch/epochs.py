@@ -6,10 +6,13 @@ the last of its samples. So it ends at the same step under every strategy, and a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, final
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from datamodules.order import Stream
 from datamodules.own_loading import order_of
@@ -63,6 +66,8 @@ class Epochs(pl.Callback):
                     end_epoch(trainer)
                     begin_epoch(trainer)
 
+        if is_overridden("on_train_batch_start", pl_module, pl.LightningModule):
+            pl_module.on_train_batch_start = going_on(pl_module)  # type: ignore[method-assign]
         epoch_loop.update_lr_schedulers = by_step_alone
         epoch_loop.on_advance_end = finish_batch_and_epochs
 
@@ -79,12 +84,29 @@ class Epochs(pl.Callback):
 
 
 def check_steps_alone(trainer: pl.Trainer) -> None:
+    if not trainer.lightning_module.automatic_optimization:
+        return  # it steps its schedules by itself
     for config in trainer.lr_scheduler_configs:
         if config.interval == "epoch":
             raise ValueError(
                 f"model: {type(config.scheduler).__name__} is stepped per epoch, and of data that can only be iterated "
                 f"Concord does not know when one ends; give its lr_scheduler interval='step'."
             )
+
+
+def going_on(module: pl.LightningModule) -> Callable[..., Any]:
+    """The module's `on_train_batch_start`; ValueError where it leaves out the rest of an epoch."""
+    start = module.on_train_batch_start
+
+    @wraps(start)
+    def begin(*args: Any) -> Any:
+        if start(*args) == -1:
+            raise ValueError(
+                f"model: {type(module).__name__}.on_train_batch_start returns -1, which would end the epoch, and with "
+                f"it the order of the samples; end the run by trainer.max_steps, or set trainer.should_stop."
+            )
+
+    return begin
 
 
 def count(progress: Any, completed: int) -> None:

@@ -77,6 +77,7 @@ def check(job: Job) -> None:
     model = build_model(config)
     with constructing(model):
         model.configure_model()
+    check_step(model)
     check_plan(job, model)
     check_manual(job, model)
     strategy.check_module(model, run_of(config, job.data, config.launcher.accelerator))
@@ -85,6 +86,18 @@ def check(job: Job) -> None:
         from strategies.engines.rehearsal import rehearse
 
         rehearse(model, strategy, first_sample(job.data))
+
+
+def check_step(model: LightningModule) -> None:
+    """ConfigError if a step asks for samples in another way than a batch at a time."""
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+    for step in ("training_step", "validation_step"):
+        if is_param_in_hook_signature(getattr(model, step), "dataloader_iter", explicit=True):
+            raise ConfigError(
+                f"model: {type(model).__name__}.{step} takes dataloader_iter, and here steps are given one batch at a "
+                f"time; let it take (batch, batch_idx)."
+            )
 
 
 def check_plan(job: Job, model: LightningModule) -> None:

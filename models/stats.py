@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,6 +110,12 @@ class ModelStats:
         return tuple(group for group in (matrices, vectors) if group)
 
 
+def call_step(module: LightningModule, batch: Any) -> Any:
+    """What the training step returns for the first batch, whose number it need not take."""
+    takes_number = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    return module.training_step(batch, 0) if takes_number else module.training_step(batch)
+
+
 def measure(module: LightningModule, sample: Any) -> ModelStats:
     """Count one `training_step` and its backward, run on the meta device: nothing is computed or allocated.
 
@@ -131,7 +138,7 @@ def measure(module: LightningModule, sample: Any) -> ModelStats:
             _watched(watched) as passed,
             watch_calls(net, units) as calls,
         ):
-            output: Any = module.training_step(move_data_to_device(sample, torch.device("meta")), 0)
+            output = call_step(module, move_data_to_device(sample, torch.device("meta")))
         loss = output["loss"] if isinstance(output, Mapping) else output  # Lightning takes either
         with _Recomputed(counter) as recomputed:
             loss.backward()

@@ -475,11 +475,11 @@ def check_module(module: pl.LightningModule, strategy: str, stage: int) -> None:
         )
     if stage == 3:
         check_copies(module, strategy)
-    for hook in ("configure_gradient_clipping", "backward"):
+    for hook in ("configure_gradient_clipping", "backward", "optimizer_zero_grad"):
         if is_overridden(hook, module, pl.LightningModule):
             raise ValueError(
-                f"strategy={strategy}: DeepSpeed clips and runs backward itself and would ignore {kind}.{hook}; leave "
-                f"it out (trainer.clip_norm clips by the global norm), or choose strategy=ddp."
+                f"strategy={strategy}: DeepSpeed clips, runs backward and zeroes gradients itself and would ignore "
+                f"{kind}.{hook}; leave it out (trainer.clip_norm clips by the global norm), or choose strategy=ddp."
             )
 
 

@@ -39,6 +39,11 @@ class StepGuard:
         self.terms = LossTerms()
         self.has_warned = False  # that the terms are mixed
 
+    def begin(self) -> None:
+        """Begin another step, whatever became of the one before: its module may not have stepped at all."""
+        self.loss = None
+        self.terms.clear()
+
     def add(self, loss: Tensor) -> None:
         """The loss of a micro-batch, of which this rank is to speak."""
         self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()

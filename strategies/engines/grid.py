@@ -292,9 +292,13 @@ class GridEngine(ChecksSteps, AveragesExactly):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.share_buffers()
+        if self.is_first:
+            self.forget_gradients()  # of a step that a module's own optimizer_step has not taken, or takes once more
         if self.steps is None:
             with self.reach.forward():
                 return super().training_step(*args, **kwargs)
+        if self.is_first:
+            self.guard.begin()
         self.seed_by(*self.place(), "stages", self.pipe_rank)
         return self.steps.train(*args, **kwargs)
 
@@ -362,10 +366,13 @@ class GridEngine(ChecksSteps, AveragesExactly):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
         self.shards.give_weights()
-        # Lightning zeroes what the optimizer has, and in a pipeline only when the next backward is over.
+        self.forget_gradients()
+        return result
+
+    def forget_gradients(self) -> None:
+        """Lightning zeroes what the optimizer has, and in a pipeline only when the next backward is over."""
         for parameter in [*self.module.parameters(), *self.shards.parts]:
             parameter.grad = None
-        return result
 
     def teardown(self) -> None:
         self.contexts.close()
@@ -460,11 +467,11 @@ def check_module(module: pl.LightningModule, spec: Grid) -> None:
             f"strategy={spec.name} runs backward stage by stage and would ignore {kind}.backward; leave it out, or "
             f"choose strategy=fsdp."
         )
-    if spec.pipe > 1 and is_overridden("optimizer_zero_grad", module, pl.LightningModule):
-        # Lightning calls it between the training step, which here runs backward too, and the optimizer.
+    if is_overridden("optimizer_zero_grad", module, pl.LightningModule):
+        # What it keeps would not be kept; and in a pipeline it is called when gradients have been made already.
         raise ValueError(
-            f"strategy={spec.name} lets go of gradients by itself, and {kind}.optimizer_zero_grad would clear "
-            f"those of the step under way; leave it out, or choose strategy=fsdp."
+            f"strategy={spec.name} lets go of gradients by itself, whatever {kind}.optimizer_zero_grad does; leave it "
+            f"out, or choose strategy=ddp."
         )
     ranks_differ = spec.pipe > 1 or spec.tensor > 1 or spec.shards > 1
     if ranks_differ and is_overridden("configure_gradient_clipping", module, pl.LightningModule):

@@ -78,7 +78,15 @@ class MicroBatches(Strategy):
         # What a loader in this process draws, before the first step and between steps.
         self.seed_by("loading", steps_done(self.trained.trainer), self.slicing["rank"])
 
+    @property
+    def is_first(self) -> bool:
+        """Whether the micro-batch under way is its step's first, before whose backward Lightning zeroes gradients."""
+        trainer = self.trained.trainer
+        return trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_first:
+            self.guard.begin()
         self.seed_by(*self.place())
         return self.weighed(super().training_step(*args, **kwargs))
 

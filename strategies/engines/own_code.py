@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from types import CodeType
 from typing import Any
 
@@ -96,6 +97,7 @@ class Reads:
             part.register_forward_hook(lambda *_: self.leave(), always_call=True)
 
     def watched(self, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)  # by its signature Lightning knows what to call it with
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.watching(hook):
                 return call(*args, **kwargs)

@@ -23,9 +23,10 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.plan import ParallelPlan
-from models.stats import measure, without_trainer
+from models.stats import call_step, measure, without_trainer
 from strategies.engines import tensor
 from strategies.engines.grid import is_inside, sequence_units
+from strategies.engines.loss_terms import loss_of
 
 if TYPE_CHECKING:
     from strategies.grid import Grid
@@ -57,8 +58,8 @@ def rehearse(module: pl.LightningModule, spec: Grid, sample: Any) -> None:
         entered = entered_modules(net)
         try:
             with without_trainer(), loss_parallel():
-                output: Any = whole.training_step(move_data_to_device(sample, torch.device("meta")), 0)
-                (output["loss"] if isinstance(output, dict) else output).backward()
+                output = call_step(whole, move_data_to_device(sample, torch.device("meta")))
+                loss_of(output).backward()
         except Exception as error:
             raise refusal(error, entered, net, plan, list(units), spec) from error
 

@@ -61,7 +61,12 @@ REFUSED = [
     ("fsdp", "SearchesLine", [REPLICATE], "but LBFGS looks at all of them at once"),
     ("pipeline", "ClipsByItself", [], "and ClipsByItself.configure_gradient_clipping by that of what one rank holds"),
     ("fsdp", "ClipsByItself", [], "and ClipsByItself.configure_gradient_clipping by that of what one rank holds"),
-    ("pipeline", "ZeroesByItself", [], "ZeroesByItself.optimizer_zero_grad would clear those of the step under way"),
+    (
+        "pipeline",
+        "ZeroesByItself",
+        [],
+        "lets go of gradients by itself, whatever ZeroesByItself.optimizer_zero_grad does",
+    ),
     ("pipeline", "GivesTrained", [], "rank 0 has no parameter to train, since those of its pipeline stages are frozen"),
     ("pipeline", "GivesEmptyGroup", [], "rank 0 has no parameter to train, since those of its pipeline stages are"),
 ]
