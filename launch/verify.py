@@ -188,6 +188,12 @@ class Verifier:
         draws, conditions = self.first_draws(overrides, whole)
         conditions += conditions_of(draws[0].exact, micro)
         is_random = bool(draws[0].exact.traits["draws"]) and whole != micro
+        is_manual = bool(draws[0].exact.traits["manual"])  # then no process can take a batch in parts
+        if is_random and is_manual:
+            raise RunFailedError(
+                f"{name}: model={asked.choices.get('model')} optimizes manually and draws at random, so that one "
+                f"process draws other numbers than {whole // micro}; certify it without its noise"
+            )
         if is_random:
             draws, _ = self.first_draws(overrides, micro)
             whole = micro
@@ -195,7 +201,7 @@ class Verifier:
         precision, in_float64 = candidate.config.precision, len(draws) == 1
         checks = compare(draws, candidate.evidence, master=precision.master, parameter=precision.parameter)
         for size in other_micro_batches(int(asked.data["global_batch_size"]), whole):
-            if not in_float64 or not another_draw_matters(checks):
+            if is_manual or not in_float64 or not another_draw_matters(checks):
                 break
             draws.append(self.draw(overrides, size))
             checks = compare(draws, candidate.evidence, master=precision.master, parameter=precision.parameter)
@@ -214,9 +220,9 @@ class Verifier:
         cause = ""
         if not passed:
             kind: Kind = "exact" if in_float64 else "reference"
-            cut = self.plain(overrides, kind, micro_batch_size=micro)[0] if whole != micro else None
+            cut = self.plain(overrides, kind, micro_batch_size=micro)[0] if whole != micro and not is_manual else None
             cause = cause_of(checks, draws, cut, candidate.evidence, parts=parts_of(candidate))
-            if self.bisects and in_float64:
+            if self.bisects and in_float64 and not is_manual:
                 cause += " " + self.bisected(overrides, name, draws, candidate)
         certificate = Certificate(
             verdict="agrees" if passed else "disagrees",

@@ -94,7 +94,8 @@ def joined_rest(rests: Sequence[Mapping[str, Any]], rows: Sequence[int], owner: 
 
     def join(key: str) -> Any:
         try:
-            return tree_map(lambda *same: joined(same, rows), *(rest[key] for rest in rests))
+            parts = [rest[key] for rest in rests]
+            return tree_map(lambda *same: joined(same, rows), *parts, is_leaf=lambda node: is_by_rows(node, rows[0]))
         except (KeyError, ValueError):
             raise ValueError(
                 f"strategy.mesh.pipe: {owner}.training_step returns a {key!r} that cannot be joined from those of its "
@@ -111,11 +112,18 @@ def joined(same: Sequence[Any], rows: Sequence[int]) -> Any:
         isinstance(part, Tensor) and part.ndim and len(part) == count for part, count in zip(same, rows, strict=True)
     ):
         return torch.cat(list(same))
+    if all(is_by_rows(part, count) for part, count in zip(same, rows, strict=True)):
+        return [thing for part in same for thing in part]
     if all(isinstance(part, float) or (isinstance(part, Tensor) and is_number(part)) for part in same):
         return sum(part * (count / sum(rows)) for part, count in zip(same, rows, strict=True))
     if all(torch.equal(part, one) if isinstance(part, Tensor) else part == one for part in same):
         return one
     raise ValueError
+
+
+def is_by_rows(node: Any, rows: int) -> bool:
+    """Whether it is a list of which each row has an element, such as a name, or a dict of what is seen in an image."""
+    return type(node) is list and len(node) == rows and not any(isinstance(one, Tensor | list | tuple) for one in node)
 
 
 def is_number(part: Tensor) -> bool:

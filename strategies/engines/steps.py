@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from strategies.engines import sharding
 from strategies.engines.draws import draws_of, seed_of
 from strategies.engines.loss_terms import LossTerms, loss_of, times
-from strategies.engines.outputs import check_output, joined_rest, looked_at, refused, rest_of
+from strategies.engines.outputs import check_output, is_by_rows, joined_rest, looked_at, refused, rest_of
 from strategies.engines.pipeline import Pipeline, order_of, takes_gradient
 from strategies.engines.relay import Entry, LogRelay, NetCall, merge
 from strategies.schedules import Order, forward_only, rank_of, with_transfers
@@ -227,11 +227,14 @@ def cut(tree: Any, sizes: list[int]) -> list[Any]:
     ends = [sum(sizes[:micro]) * rows // sum(sizes) for micro in range(len(sizes) + 1)] if sum(sizes) else [0, 0]
 
     def part(leaf: Any, micro: int) -> Any:
-        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows:
+        if is_by_rows(leaf, rows) or (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows):
             return leaf[ends[micro] : ends[micro + 1]]
         return leaf
 
-    return [tree_map(lambda leaf, micro=micro: part(leaf, micro), tree) for micro in range(len(sizes))]
+    def cut_out(micro: int) -> Any:
+        return tree_map(lambda leaf: part(leaf, micro), tree, is_leaf=lambda node: is_by_rows(node, rows))
+
+    return [cut_out(micro) for micro in range(len(sizes))]
 
 
 def copied(leaf: Any) -> Any:

@@ -68,6 +68,17 @@ def test_what_stands_between_a_module_and_agreement_is_said(name: str, tmp_path:
     assert run.returncode == (verdict == "disagrees")
 
 
+@pytest.mark.full
+def test_module_that_optimizes_manually_is_certified_if_it_draws_nothing(tmp_path: Path) -> None:
+    own = [word for word in VIT if not word.startswith("model.net")]
+    models = "model._target_=tests.strategies.manual_models.GAN,tests.strategies.manual_models.NoisyGAN"
+    keys = ["trainer.clip_norm=null", "strategy.find_unused_parameters=true", "trainer.max_steps=2"]
+    sizes = ["data.global_batch_size=16", "data.micro_batch_size=8"]
+    run = verify(tmp_path, "-m", "strategy=ddp", *own, models, *keys, *sizes, "run_dir=proof")
+    assert "ddp x 2 agrees with one process" in run.stdout, run.stderr
+    assert "optimizes manually and draws at random, so that one process draws other numbers than 2" in run.stderr
+
+
 def test_verify_imports_nothing_heavy_before_it_has_read_its_words(tmp_path: Path) -> None:
     program = "import sys, launch.verify; print([name for name in ('torch', 'lightning') if name in sys.modules])"
     run = subprocess.run(

@@ -96,6 +96,13 @@ class Accumulates(Blocks):
         return loss
 
 
+class NoisyGAN(GAN):
+    """Its generator is given noise."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return super().training_step([batch[0] + torch.randn_like(batch[0]), batch[1]], batch_idx)
+
+
 class NanGAN(GAN):
     """The second step's loss of the judge is no number, on the last rank."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.engines.outputs import check_output, joined_rest
+from strategies.engines.steps import split
 from tests.agreement.cases import own
 from tests.agreement.training import train_case
 from tests.strategies import output_models
@@ -92,10 +93,33 @@ def test_it_is_told_by_the_rank_that_has_it(name: str, strategy: str, tmp_path: 
     assert REFUSED[name].partition(",")[0] + ", on rank" in str(failure.value)
 
 
+class Both(NamedTuple):
+    images: Tensor
+    names: list[str]
+
+
+def test_parts_of_a_batch_keep_together() -> None:
+    batch = {
+        "both": Both(torch.arange(5), list("abcde")),
+        "scale": [torch.tensor(2.0)],
+        "word": "same",
+        "sizes": (1, 2),
+    }
+    batch["seen"] = [{"boxes": torch.zeros(number, 4)} for number in range(5)]
+    parts, sizes = split(batch, 2)
+    assert sizes == [3, 2]
+    assert [part["both"].images.tolist() for part in parts] == [[0, 1, 2], [3, 4]]
+    assert [part["both"].names for part in parts] == [list("abc"), list("de")]
+    assert [[len(one["boxes"]) for one in part["seen"]] for part in parts] == [[0, 1, 2], [3, 4]]
+    assert [(part["scale"][0].item(), part["word"], part["sizes"]) for part in parts] == [(2.0, "same", (1, 2))] * 2
+
+
 def test_what_cannot_be_joined_is_refused_by_its_key() -> None:
     def row(value: Tensor) -> dict[str, Any]:
         return {"count": value}
 
     assert joined_rest([row(torch.ones(2)), row(torch.zeros(1))], [2, 1], "Model")["count"].tolist() == [1, 1, 0]
+    named = [{"names": ["a", "b"]}, {"names": ["c"]}]
+    assert joined_rest(named, [2, 1], "Model") == {"names": ["a", "b", "c"]}
     with pytest.raises(ValueError, match=r"Model\.training_step returns a 'count' that cannot be joined"):
         joined_rest([row(torch.tensor(2)), row(torch.tensor(1))], [2, 1], "Model")
