@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from datamodules.own_loading import facts_of, order_of
+from launch.guests import Guests
 from launch.job import Job, collective_timeout_s
 from launch.resume import trained
 from launch.schedule import plain, unkept
@@ -40,18 +41,20 @@ class Checkpoints(pl.Callback):
     Put it last: a run that ends on a signal ends here.
     """
 
-    def __init__(self, job: Job, gets_on: Callable[[], None] = checkpoint.nothing) -> None:
+    def __init__(self, job: Job, guests: Guests, gets_on: Callable[[], None] = checkpoint.nothing) -> None:
         """`gets_on` is called as often as a save that is waited for has got on."""
-        self.job, self.config, self.gets_on = job, job.config.checkpoint, gets_on
+        self.job, self.config, self.guests, self.gets_on = job, job.config.checkpoint, guests, gets_on
         self.votes = job.unsaved is None  # else who asks a run to end has it end at once
         self.saves = self.votes and (self.config.asked or not job.config.evidence)
         self.saved_step: int | None = None
         # Where this rank's generators stood before the validation under way: it draws numbers, and is done again by a
         # run that goes on from what is saved in it.
         self.draws: list[Named] = []
+        self.states: dict[str, Any] | None = None  # what callbacks kept then: they may count validations
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.refuse(unsaved(pl_module, trainer) if self.saves else None, trainer)
+        reason = (unsaved(pl_module, trainer) or self.guests.unkept(trainer)) if self.saves else None
+        self.refuse(reason, trainer)
         keep = {"keep_last": self.config.keep_last, "keep_best": self.config.keep_best}
         self.writer = Writer(
             rank=trainer.global_rank,
@@ -91,6 +94,7 @@ class Checkpoints(pl.Callback):
         self.writer.check()
         step, every = steps_done(trainer), self.config.every_steps
         self.draws = list(self.draws_now(trainer)) if self.validates(step) else []
+        self.states = self.guests.states(trainer) if self.saves and self.validates(step) else None
         signal, minutes_due = self.vote.cast(self.asked(trainer), int(self.minutes_are_over(trainer)))
         minutes_due, self.saved_since = minutes_due and not self.saved_since, False
         is_last = step == trainer.max_steps and bool(self.config.at_end)  # "auto" asks for it, too
@@ -114,6 +118,10 @@ class Checkpoints(pl.Callback):
             note_val_loss(self.job.run_dir, step, loss)
         best = best_steps(val_losses(self.job.run_dir), self.config.keep_best) if trainer.is_global_zero else []
         if trainer.strategy.broadcast(step in best):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.saves and self.config.at_end and trainer.should_stop:  # before trainer.max_steps, unless saved already
             self.save(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -180,6 +188,7 @@ class Checkpoints(pl.Callback):
             trained=trained(config) | facts_of(trainer),
             schedulers=[plain(scheduler.scheduler) for scheduler in trainer.lr_scheduler_configs],
             loss_scale=cast(Holds, trainer.strategy).scaling,
+            callbacks=self.guests.states(trainer) if self.states is None else self.states,
             files={},
             tensors={},
         )

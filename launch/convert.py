@@ -22,7 +22,7 @@ from strategies.checkpoint import MANIFEST, PARTIAL, Manifest
 from strategies.engines.checkpoint import Reader
 from strategies.engines.formats import described, read_pickled, read_whole, to_checkpoint, to_safetensors
 from strategies.engines.universal import fill, give_storage, to_universal
-from strategies.weights import Source, check_weights, find_weights, renamed, weights_of
+from strategies.weights import Source, averages_of, check_weights, find_weights, renamed, weights_of
 
 SUFFIXES = {"safetensors": ".safetensors", "lightning": ".ckpt"}  # of the formats that are one file
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -32,9 +32,21 @@ PACKAGES = ("models", "torch.optim", "deepspeed.ops.adam")
 
 
 def convert_to(
-    kind: str, source: Path, out: Path, *, shard_gib: float | None, rename: Sequence[str], trust: bool
+    kind: str,
+    source: Path,
+    out: Path,
+    *,
+    shard_gib: float | None,
+    rename: Sequence[str],
+    trust: bool,
+    average: bool = False,
 ) -> None:
-    """Write the checkpoint `source`, or a run's newest, to `out` in another format; ConfigError if it cannot be."""
+    """Write the checkpoint `source`, or a run's newest, to `out` in another format; ConfigError if it cannot be.
+
+    With `average`, the moving average of the weights is written in their place.
+    """
+    if average and kind != "safetensors":
+        raise ConfigError(f"--weights ema: --to {kind} is for all of a run, to go on with; use --to safetensors.")
     if shard_gib is not None and (kind != "safetensors" or not shard_gib > 0):
         raise ConfigError(f"--shard-gib={shard_gib:g}: give a number above 0, and --to safetensors.")
     suffix = SUFFIXES.get(kind)
@@ -46,7 +58,8 @@ def convert_to(
     with making(out) as partial:
         check_weights(folder)
         if kind == "safetensors":
-            to_safetensors(weights_of(folder), partial, renamer(rename), None if shard_gib is None else shard_gib * GIB)
+            found = averages_of(folder) if average else weights_of(folder)
+            to_safetensors(found, partial, renamer(rename), None if shard_gib is None else shard_gib * GIB)
             return
         trained = whole_checkpoint(folder, kind)
         trainer = trainer_at(trained, trust=trust)

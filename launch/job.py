@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from datamodules.spec import Data
+from launch.callbacks import check_callbacks
 from launch.hardware import gpus
 from launch.schema import AUTO, ConfigError, RunConfig, build_spec
 from strategies.spec import Mesh, Run, Strategy
@@ -90,6 +91,7 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
         mesh = strategy.mesh.resolve(devices, strategy.rehearsal_ranks)
         run = run_of(config, build_spec(config.data, "data", Data), accelerator)
         dataclasses.replace(strategy, mesh=mesh).check(run)
+        check_callbacks(config, strategy)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if world_size is not None and mesh.world_size != world_size:

@@ -7,7 +7,7 @@ steps, precision and accumulation are Lightning's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,7 +90,7 @@ class ClipsFused(pl.Callback):
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
-def train_plainly(job: Job, model: LightningModule) -> None:
+def train_plainly(job: Job, model: LightningModule, guests: Sequence[pl.Callback] = ()) -> None:
     """Train `model` as plain Lightning does, and leave evidence and what was noticed of it in the run folder."""
     config = job.config
     seed_everything(config.seed, workers=True, verbose=False)
@@ -102,7 +102,7 @@ def train_plainly(job: Job, model: LightningModule) -> None:
         StartingWeights(Path(config.weights), model).load(Held.whole(fqn, tensor, writes=True) for fqn, tensor in held)
     model.configure_model = lambda: None  # type: ignore[method-assign]  # it has been called
     draws, quiet = Draws(config.seed), WithoutDropout(model)
-    callbacks: list[pl.Callback] = [draws, ClipsFused(), EvidenceRecorder(job.run_dir, PlainState(model))]
+    callbacks: list[pl.Callback] = [*guests, draws, ClipsFused(), EvidenceRecorder(job.run_dir, PlainState(model))]
     if config.evidence_step is not None:
         callbacks.append(ModuleRecorder(job.run_dir, config.evidence_step, PlainState(model)))
     trainer = Trainer(

@@ -67,6 +67,7 @@ def main(config_json: str) -> int:
 def check(job: Job) -> None:
     """ValueError if the model, or its plan, does not fit."""
     config, strategy = job.config, job.strategy
+    from launch.guests import build_callbacks
     from launch.manual import check_manual
     from launch.worker import build_model
     from strategies.engines.construction import constructing
@@ -75,6 +76,7 @@ def check(job: Job) -> None:
     if config.compile and config.launcher.accelerator == "cpu":
         check_compiler("compile=true")
     model = build_model(config)
+    build_callbacks(config, strategy)
     with constructing(model):
         model.configure_model()
     check_step(model)

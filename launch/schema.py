@@ -25,13 +25,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from launch.callbacks import leaves_steps_alone
 from strategies.spec import Precision
 from tracking.wandb_config import WandbConfig
 
 # Keys that may differ between two runs that train the same thing: how a run is watched, where it lies.
 NOT_IDENTITY = (
     "name", "run_dir", "resume", "resume_despite", "evidence", "evidence_step", "logger", "launcher", "checkpoint",
-    "status", "expect", "choices", "hparams", "objective", "profile", "debug",
+    "status", "expect", "choices", "hparams", "objective", "profile", "debug", "callbacks",
 )  # fmt: skip
 
 
@@ -151,6 +152,7 @@ class RunConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig(name="val_loss", loss=None)
     profile: ProfileConfig | None = None
     debug: DebugConfig | None = None
+    callbacks: dict[str, dict[str, Any]] = {}  # by their names, sections with a `_target_` that the worker builds
     status: Literal["untested", "measured"] | None  # of a recipe
     expect: dict[str, float | str] | None  # of a measured recipe: what was seen, on what hardware, with what versions
     data_digest: str | None = None  # of the files that are trained on; written by launch.dispatch
@@ -183,10 +185,25 @@ class RunConfig(Section):
                 raise ValueError(f"{info.field_name}.{key}: must be a {kind} in [{low:g}, {high:g}) (got {value!r}).")
         return section
 
+    @field_validator("callbacks", mode="before")
+    @classmethod
+    def callbacks_have_targets(cls, sections: Any) -> Any:
+        """One that is null is none: so one of several can be taken back."""
+        if not isinstance(sections, Mapping):
+            return {} if sections is None else sections
+        kept = {key: section for key, section in sections.items() if section is not None}
+        for key, section in kept.items():
+            if not isinstance(section, Mapping) or not isinstance(section.get("_target_"), str):
+                raise ValueError(f"callbacks.{key}: a callback needs callbacks.{key}._target_=package.YourCallback.")
+        return kept
+
     @property
     def hash(self) -> str:
         """Twelve hex digits that are equal for two runs that train the same thing the same way."""
         identity = {key: value for key, value in self.model_dump().items() if key not in NOT_IDENTITY}
+        active = {key: section for key, section in self.callbacks.items() if not leaves_steps_alone(section)}
+        if active:
+            identity["callbacks"] = active
         return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import Strategy
 
@@ -47,6 +47,7 @@ from launch.counting import CountsFirstBatch, counted
 from launch.dispatch import EXIT_FAILED, STARTED, load_resolved
 from launch.epochs import Epochs
 from launch.failure import record_error
+from launch.guests import Guests, build_callbacks
 from launch.job import Job, run_of
 from launch.looks import nan_finders, profilers, recorder_of
 from launch.output import log_path, own_output
@@ -137,11 +138,11 @@ def first_sample(data: SampledData) -> Any:
 
 
 def loggers(job: Job, rank: int, run_id: str) -> list[Logger]:
-    """metrics.csv on rank 0, and W&B unless it is disabled."""
-    if rank:
-        return []
+    """metrics.csv, and W&B unless it is disabled; ranks but the first have such, too, which write nothing."""
     config = job.config
     csv = CSVLogger(save_dir=job.run_dir, name="", version="")
+    if rank:
+        return [csv] if config.logger.mode == "disabled" else [csv, WandbLogger(save_dir=job.run_dir)]
     run = start_run(
         config.logger,
         run_dir=job.run_dir,
@@ -237,11 +238,14 @@ def train_watched(
     if job.extensions:
         prepare_extensions(job)
     model = build_model(config)
+    made = build_callbacks(config, job.strategy)
     if config.evidence == "plain":
         from launch.plain import train_plainly  # no other run needs it
 
-        train_plainly(job, model)
+        train_plainly(job, model, made)
         return 0
+    guests = Guests(job)
+    guests.meet(model)
     peak_flops = None if config.evidence else peak_of_device(config)  # first, while all ranks are at the same point
     watchdog.beat()
     with left_alone(torch.device("cpu")):  # a net that is built eagerly is to draw what it would without us
@@ -278,7 +282,7 @@ def train_watched(
             own.append(Restore(job))
         elif config.weights is not None:
             own.append(StartingWeights(Path(config.weights), model))
-        own.append(Checkpoints(job, watchdog.beat))
+        own.append(Checkpoints(job, guests, watchdog.beat))
         if config.resume is not None:
             own.append(Complete(meter))
         mode = WithoutDropout(model) if config.evidence else None
@@ -286,7 +290,8 @@ def train_watched(
             own.append(Still(mode))
         # Compiled blocks would be compiled with the mode; `Still` is enough for them.
         with mode if mode is not None and not config.compile else nullcontext():
-            build_trainer(job, model, engine, [*callbacks, *own], sinks).fit(model, datamodule=job.data.build())
+            trainer = build_trainer(job, model, engine, [guests, *callbacks, *made, *own], sinks)
+            trainer.fit(model, datamodule=job.data.build())
         if rank == 0:
             results = meter.results().model_copy(update=tracer.results)
             size = size.model_copy(update={"flops_per_sample": meter.flops_per_sample})

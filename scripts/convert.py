@@ -2,6 +2,7 @@
 
 python scripts/convert.py <checkpoint or run folder> --to safetensors <out>.safetensors     weights, as others know them
 python scripts/convert.py <checkpoint or run folder> --to safetensors --shard-gib 5 <out>   the same as several files
+python scripts/convert.py <checkpoint or run folder> --to safetensors --weights ema <out>.safetensors    their average
 python scripts/convert.py <checkpoint or run folder> --to lightning <out>.ckpt              for Trainer.fit(ckpt_path=)
 python scripts/convert.py <checkpoint or run folder> --to deepspeed-universal <out>         for load_universal
 python scripts/convert.py --from <weights> <out>    .pt, .ckpt, .safetensors or a folder; for model.weights=<out>
@@ -37,10 +38,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     direction.add_argument("--from", dest="source", type=Path)
     parser.add_argument("--shard-gib", type=float, help="GiB of a file, at most")
     parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="another prefix of names")
+    parser.add_argument("--weights", choices=("own", "ema"), default="own", help="ema: their average, of callbacks=ema")
     parser.add_argument("--trust", action="store_true", help="call whatever classes the run's resolved.yaml names")
     given = parser.parse_intermixed_args(arguments)
     if len(given.paths) != (2 if given.to else 1):
         parser.error("give <checkpoint or run folder> and <out>" if given.to else "give one <out>")
+    if given.source and given.weights != "own":
+        parser.error("--weights goes with --to")
     return given
 
 
@@ -50,7 +54,14 @@ def main(arguments: list[str]) -> int:
 
     try:
         if given.to:
-            convert_to(given.to, *given.paths, shard_gib=given.shard_gib, rename=given.rename, trust=given.trust)
+            convert_to(
+                given.to,
+                *given.paths,
+                shard_gib=given.shard_gib,
+                rename=given.rename,
+                trust=given.trust,
+                average=given.weights == "ema",
+            )
         else:
             convert_from(given.source, *given.paths, rename=given.rename)
     except ValueError as error:

@@ -41,6 +41,7 @@ from strategies.headers import ITEM_BYTES, Count, Counts, read_header, read_json
 MANIFEST = "checkpoint.json"
 VERSION: Final = 1
 PARTIAL, REPLACED, DAMAGED = ".partial", ".replaced", ".damaged"
+AVERAGE = "weight_average"  # key of an optimizer's state under which a moving average of the weight lies
 VAL_LOSSES = "val_losses.json"
 LOSSES = TypeAdapter(dict[int, float])
 BLOCK_BYTES = 2**20
@@ -137,6 +138,7 @@ class Manifest(Strict):
     trained: dict[str, Any]  # what a run that goes on must have in common with this one, by dotted keys
     schedulers: list[dict[str, Any]]
     loss_scale: LossScale | None = None  # of a run in float16
+    callbacks: dict[str, Any] = {}  # by their `state_key`, what the user's callbacks keep
     files: dict[FileName, File]
     tensors: dict[str, Stored]
 

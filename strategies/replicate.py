@@ -33,6 +33,10 @@ def whole_model(stats: ModelStats, workload: Workload) -> Memory:
 class Single(Strategy):
     """One process, one device: what every other strategy is compared with."""
 
+    @property
+    def keeps_whole(self) -> bool:
+        return True
+
     def check(self, run: Run) -> None:
         if self.mesh.world_size != 1:
             raise ValueError(
@@ -57,6 +61,10 @@ class DDP(Strategy):
 
     bucket_mb: PositiveInt = 25  # torch's default; smaller buckets overlap sooner, larger ones cost fewer calls
     find_unused_parameters: bool = False  # as torch's: each backward looks first for what the loss does not reach
+
+    @property
+    def keeps_whole(self) -> bool:
+        return True
 
     def check(self, run: Run) -> None:
         only_data_axis(self)

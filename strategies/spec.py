@@ -234,6 +234,11 @@ class Strategy(ABC):
         return ()
 
     @property
+    def keeps_whole(self) -> bool:
+        """Whether each rank has all of the module's parameters between steps."""
+        return False
+
+    @property
     def unsaved(self) -> str | None:
         """What of it no checkpoint can hold, in words; None where there is nothing."""
         return None

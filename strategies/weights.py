@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from strategies.boxes import Box
-from strategies.checkpoint import MANIFEST, File, Manifest, Piece, Stored, newest, plain_name
+from strategies.checkpoint import AVERAGE, MANIFEST, File, Manifest, Piece, Stored, newest, plain_name
 from strategies.headers import read_header, read_json
 
 INDEX = "model.safetensors.index.json"  # as Hugging Face calls it
@@ -54,6 +54,23 @@ def weights_of(path: Path) -> Source:
     if (path / MANIFEST).is_file():
         return Source(path, only_weights(Manifest.read(path)))
     return Source(path, manifest_of(path, indexed_files(path / INDEX)))
+
+
+def averages_of(path: Path) -> Source:
+    """The same with the moving average of each weight that has one in its place; ValueError where none has."""
+    manifest = Manifest.read(path) if (path / MANIFEST).is_file() else None
+    prefix = f"state/{AVERAGE}/"
+    averages = {
+        name.removeprefix(prefix): one
+        for name, one in (manifest.tensors if manifest else {}).items()
+        if name.startswith(prefix)
+    }
+    if manifest is None or not averages:
+        raise ValueError(f"--weights ema: {path} holds no average of weights; train with callbacks=ema.")
+    tensors = {
+        name: averages.get(name.removeprefix("weight/"), one) for name, one in only_weights(manifest).tensors.items()
+    }
+    return Source(path, manifest.model_copy(update={"tensors": tensors}))
 
 
 def only_weights(manifest: Manifest) -> Manifest:

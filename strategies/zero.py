@@ -107,6 +107,10 @@ class Zero(Strategy):
         return self.activation_checkpointing != "none" and not self.gathers_blocks
 
     @property
+    def keeps_whole(self) -> bool:
+        return self.stage < 3
+
+    @property
     def unsaved(self) -> str | None:
         if self.extensions:
             return "what it keeps on an NVMe disk"

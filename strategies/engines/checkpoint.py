@@ -24,7 +24,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies.boxes import Box
-from strategies.checkpoint import File, LossScale, Manifest, Part, Piece, Stored, begin, finish, merged, unfinished
+from strategies.checkpoint import (
+    AVERAGE,
+    File,
+    LossScale,
+    Manifest,
+    Part,
+    Piece,
+    Stored,
+    begin,
+    finish,
+    merged,
+    unfinished,
+)
 
 # Formats as safetensors spells them.
 CODES = {
@@ -394,6 +406,8 @@ def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> frozense
     own = {key for one in held if one.name in mine for key in optimizer.state.get(one.stepped, {})}
     if not stepped:
         own |= {key for one in held for key in optimizer.state.get(one.stepped, {})} | lazily_kept(optimizer, held)
+    # An average of weights is no optimizer's own: one that is begun here, or ended, changes nothing else.
+    own, kept = own - {AVERAGE}, kept - {AVERAGE}
     if own != kept and (stepped or not may_have_skipped_all(reader.manifest)):
         raise ValueError(
             f"resume={reader.folder}: its optimizer kept {', '.join(sorted(kept)) or 'nothing'}, and "

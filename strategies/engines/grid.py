@@ -112,6 +112,12 @@ class GridEngine(ChecksSteps, AveragesExactly):
         adds_up = "sum" in str(reduce_op).lower()
         return super().reduce(tensor, group or (self.data_group if adds_up else None), reduce_op)
 
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Over all ranks: Lightning counts those that decide in a sum, which is one over data ranks here."""
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return int(votes) == self.world_size if all else bool(votes)
+
     # --- the model --------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer) -> None:

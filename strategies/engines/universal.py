@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from strategies.checkpoint import Manifest
+from strategies.checkpoint import AVERAGE, Manifest
 from strategies.engines.checkpoint import Reader
 from strategies.engines.deepspeed import import_deepspeed
 from strategies.engines.formats import places, read_whole
@@ -42,8 +42,8 @@ def fill(reader: Reader, module: nn.Module, optimizer: Optimizer) -> None:
 
 
 def state_names(manifest: Manifest, fqn: str) -> dict[str, str]:
-    """By its key, where what the optimizer keeps for a parameter lies."""
-    keys = {name.split("/")[1] for name in manifest.tensors if name.startswith("state/")}
+    """By its key, where what the optimizer keeps for a parameter lies; no other program looks for an average there."""
+    keys = {name.split("/")[1] for name in manifest.tensors if name.startswith("state/")} - {AVERAGE}
     return {key: f"state/{key}/{fqn}" for key in sorted(keys) if f"state/{key}/{fqn}" in manifest.tensors}
 
 
