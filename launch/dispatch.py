@@ -94,7 +94,7 @@ def complete(run_dir: Path, make_tree: Callable[[], dict[str, Any]]) -> RunStatu
     if status is None or status.state != "completed" or tree is None:
         return None
     asked, done = validate({**make_tree(), "run_dir": str(run_dir)}), validate(tree)
-    same = (asked.model, asked.data, asked.trainer) == (done.model, done.data, done.trainer)
+    same = all(getattr(asked, key) == getattr(done, key) for key in ("model", "data", "trainer", "callbacks"))
     return status if same else None  # else there is more to do, or something to be refused
 
 

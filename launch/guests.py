@@ -174,16 +174,24 @@ def plain(value: Any) -> Any:
 
 
 def revived(value: Any) -> Any:
-    """What `plain` was given; ValueError for what it never gives."""
+    """What `plain` was given; ValueError in one line for what it never gives."""
+    try:
+        return parts_of(value)
+    except (TypeError, ValueError, RuntimeError):  # too deep, too, is a RuntimeError
+        told = "the state of a callback is not as it was written"
+        raise ValueError(f"resume: the checkpoint is damaged ({told}); choose another checkpoint.") from None
+
+
+def parts_of(value: Any) -> Any:
     if isinstance(value, list):
-        return [revived(item) for item in value]
+        return [parts_of(item) for item in value]
     if not isinstance(value, dict):
         return value
     match value:
         case {"tuple": items}:
-            return tuple(revived(items))
+            return tuple(parts_of(items))
         case {"dict": pairs}:
-            return {revived(key): revived(item) for key, item in pairs}
+            return {parts_of(key): parts_of(item) for key, item in pairs}
         case {"tensor": numbers, "dtype": str(dtype)} if dtype in DTYPES:
             return torch.tensor(numbers, dtype=DTYPES[dtype])
-    raise ValueError("resume: the state of a callback is not as it was written; choose another checkpoint.")
+    raise ValueError(value)

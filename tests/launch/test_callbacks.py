@@ -7,16 +7,19 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from launch.callbacks import INSTEAD, WATCHING, WHOLE, check_callbacks, refusal
+from launch.dispatch import complete
 from launch.guests import Guests, build_callbacks, plain, revived
 from launch.job import Job, resolve
 from launch.schema import ConfigError, RunConfig, validate
 from launch.worker import build_model
 from strategies.spec import Strategy
 from tests.composing import compose_fast
+from tracking.status import ended, running
 
 CONF = Path(__file__).parents[2] / "conf/callbacks"
 
@@ -174,6 +177,23 @@ def test_state_is_the_same_behind_json(state: dict[str, Any]) -> None:
 def test_state_that_cannot_be_kept_is_told(value: object) -> None:
     with pytest.raises(TypeError, match=f"a {type(value).__name__}"):
         plain({"kept": [value]})
+
+
+@pytest.mark.parametrize(
+    "lie", [{"dict": [[[1], 2]]}, {"dict": 3}, {"tensor": ["x"], "dtype": "float32"}, {"eval": "1"}]
+)
+def test_state_that_was_never_written_is_refused(lie: Any) -> None:
+    with pytest.raises(ValueError, match="the state of a callback is not as it was written"):
+        revived({"dict": [["seen", lie]]})
+
+
+def test_a_run_that_ended_early_goes_on_without_what_ended_it(tmp_path: Path) -> None:
+    words = ["data=synthetic", "launcher.accelerator=cpu", "trainer.val_every_steps=1", f"run_dir='{tmp_path}'"]
+    stopping = compose_fast([*words, "callbacks=early_stopping"])
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(validate(stopping).model_dump()))
+    ended(running("single", "single"), "completed").write(tmp_path)
+    assert complete(tmp_path, lambda: stopping) is not None
+    assert complete(tmp_path, lambda: compose_fast(words)) is None
 
 
 def test_every_callback_of_lightning_is_known() -> None:
