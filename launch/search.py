@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from omegaconf.errors import MissingMandatoryValue
 from pydantic import ValidationError
 
 from launch.schema import ConfigError, HparamsConfig, ObjectiveConfig, first_line
+from tracking.record import RunRecord
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -63,6 +64,7 @@ class Search(Sweeper):
                 "hparams: there is nothing to search; give a key an interval, a range or choices, such as "
                 "optimizer.lr='interval(1e-4, 1e-2)'."
             )
+        check_used(space, self.settings)
         sweep_dir = Path(self.settings.hydra.sweep.dir)
         sweep_dir.mkdir(parents=True, exist_ok=True)
         resumed = self.settings.resume_sweep is not None
@@ -103,7 +105,9 @@ class Search(Sweeper):
                 study.tell(number, value)
             else:
                 study.tell(number, state=TrialState.FAIL)
-            write_results(Path(self.settings.hydra.sweep.dir), study.trials, objective)
+            sweep_dir = Path(self.settings.hydra.sweep.dir)
+            write_results(sweep_dir, study.trials, objective)
+            check_changed(space, sweep_dir / str(number))
         return returns
 
 
@@ -112,6 +116,44 @@ def check_discrete(arguments: Sequence[str]) -> None:
     for override in OverridesParser.create().parse_overrides(list(arguments)):
         if override.is_interval_sweep():
             raise ConfigError(f"{override.input_line} has no single values to run; add hparams=own to search it.")
+
+
+def check_used(space: Iterable[str], settings: DictConfig) -> None:
+    """ConfigError for keys of an optimizer that the chosen model does not refer to: nothing would be searched."""
+    keys = optimizer_keys(space)
+    if not keys or "model" in space or refers(OmegaConf.to_container(settings.model, resolve=False)):
+        return
+    raise unused(keys, f"model={settings.model.get('_target_')}", "takes no ${optimizer}")
+
+
+def check_changed(space: Iterable[str], run_dir: Path) -> None:
+    """ConfigError where the record of a trial says that the module never made the optimizer that is searched."""
+    keys, path = optimizer_keys(space), run_dir / "record.json"
+    if not keys or not path.is_file():
+        return
+    record = RunRecord.read(path)
+    if record.found is not None and record.found.asked is False and record.found.optimizers:
+        raise unused(keys, f"model={record.model}", f"makes its own {record.found.optimizers[0].name}")
+
+
+def optimizer_keys(space: Iterable[str]) -> list[str]:
+    return [key for key in space if key.startswith("optimizer.")]
+
+
+def refers(section: Any) -> bool:
+    """Whether a section whose interpolations are unresolved refers to the optimizer's, or to a key of it."""
+    if isinstance(section, dict):
+        return any(map(refers, section.values()))
+    if isinstance(section, list):
+        return any(map(refers, section))
+    return isinstance(section, str) and "${optimizer" in section
+
+
+def unused(keys: Sequence[str], model: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"hparams: {' and '.join(keys)} would change nothing, as {model} {why}; search keys of the model (hparams=own "
+        f"model.lr='interval(1e-4, 1e-2)'), or give it optimizer: ${{optimizer}} and let it make that one."
+    )
 
 
 def section(config: DictConfig, name: str, kind: type[Any]) -> Any:

@@ -37,7 +37,7 @@ from tracking.agreement import (
     tolerance_text,
 )
 from tracking.bisect import Parting, first_parting
-from tracking.certified import subject_of
+from tracking.certified import setting_of, subject_of
 from tracking.evidence import Evidence
 from tracking.record import RunRecord
 
@@ -236,7 +236,8 @@ class Verifier:
             conditions=conditions,
             cause=cause,
             tolerance=tolerance_text(precision.master),
-            subject=subject_of(candidate.record.config, candidate.record.world_size),
+            setting=setting_of(candidate.record),
+            subject=subject_of(candidate.record),
             config_hash=candidate.config.hash,
             reference_config_hash=self.plain(overrides, "reference", micro_batch_size=whole)[1],
             environment=candidate.record.environment.model_dump(),

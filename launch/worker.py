@@ -23,7 +23,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +50,9 @@ from launch.failure import record_error
 from launch.guests import Guests, build_callbacks
 from launch.job import Job, run_of
 from launch.looks import nan_finders, profilers, recorder_of
+from launch.offer import Offered, offering
 from launch.output import log_path, own_output
+from launch.recording import environment_of, observer_of, record_of
 from launch.restore import Complete, Restore
 from launch.schema import ConfigError, RunConfig
 from launch.signals import EndedError
@@ -67,9 +69,8 @@ from tracking.evidence_recorder import EvidenceRecorder, ShowsState
 from tracking.meter import Meter, measure_peak_flops
 from tracking.module_recorder import ModuleRecorder
 from tracking.progress import Progress
-from tracking.record import RunRecord, environment
-from tracking.redact import redact
 from tracking.tracing import StepTracer
+from tracking.validation import SharedValidation
 from tracking.wandb_config import new_run_id
 from tracking.wandb_logger import RunLogger, finish_wandb, log_record
 from tracking.wandb_run import start_run
@@ -105,9 +106,10 @@ class LeaveWord(Callback):
 def build_model(config: RunConfig) -> LightningModule:
     """The LightningModule that the config describes; ValueError in one line if its `_target_` or keys are wrong."""
     construction = Construction()
+    Offered.was_called = False
     try:
         with written_down(construction):
-            model = instantiate(config.model, _convert_="all")
+            model = instantiate(offering(config.model, config.optimizer), _convert_="all")
     except InstantiationException as error:
         raise ConfigError(f"model: {str(error.__cause__ or error).splitlines()[0]}") from None
     if not isinstance(model, LightningModule):
@@ -269,7 +271,7 @@ def train_watched(
         meter = build_meter(job, engine, size, peak_flops, traced)
         tracer = StepTracer(job.run_dir, {axis: int(size) for axis, size in job.mesh.sizes.items()}, traced)
         progress = Progress(meter, terminal=terminal, log=log)
-        epochs = Epochs()
+        observer, validation, epochs = observer_of(job), SharedValidation(), Epochs()
         own: list[Callback] = [watchdog, LeaveWord(job.run_dir, rank), ValidateAtEnd(), epochs]
         if rank == 0 and not config.evidence and not isinstance(job.data, SampledData):
             own.append(CountsFirstBatch(shadow, meter, job.data.micro_batch_size))  # till now there was no sample
@@ -282,21 +284,24 @@ def train_watched(
             own.append(Restore(job))
         elif config.weights is not None:
             own.append(StartingWeights(Path(config.weights), model))
-        own.append(Checkpoints(job, guests, watchdog.beat))
+        own += [validation, observer, Checkpoints(job, guests, watchdog.beat)]
         if config.resume is not None:
             own.append(Complete(meter))
         mode = WithoutDropout(model) if config.evidence else None
         if mode is not None:
             own.append(Still(mode))
         # Compiled blocks would be compiled with the mode; `Still` is enough for them.
+        data = job.data.build()
+        here = environment_of(job) if rank == 0 else None  # now: files may have changed when training is over
         with mode if mode is not None and not config.compile else nullcontext():
             trainer = build_trainer(job, model, engine, [guests, *callbacks, *made, *own], sinks)
-            trainer.fit(model, datamodule=job.data.build())
-        if rank == 0:
-            results = meter.results().model_copy(update=tracer.results)
+            trainer.fit(model, datamodule=data)
+        if here is not None:
+            results = meter.results().model_copy(update={**tracer.results, "val_of_one_rank": validation.own})
             size = size.model_copy(update={"flops_per_sample": meter.flops_per_sample})
             order = epochs.order.described if epochs.order else None
-            result = record_of(job, run_id, results, size, cast(ShowsState, engine).dtypes, order)
+            dtypes = cast(ShowsState, engine).dtypes
+            result = record_of(job, run_id, results, size, dtypes, order, found=observer.found, environment=here)
             result.write(job.run_dir / "record.json")
             log_record(sinks, result, job.run_dir)
         completed = True
@@ -346,46 +351,6 @@ def trace_steps(config: RunConfig, model: LightningModule) -> int:
     return 0 if config.evidence or not model.automatic_optimization else config.trainer.trace_steps
 
 
-def record_of(
-    job: Job,
-    run_id: str,
-    results: record.Results,
-    size: record.Stats,
-    dtypes: Mapping[str, str],
-    order: str | None,
-) -> RunRecord:
-    """The run's record; the formats in it are those that were found in use, and so is the order of samples."""
-    config = job.config
-    on_gpu = config.launcher.accelerator == "gpu"
-    return RunRecord(
-        run_id=run_id,
-        name=config.name,
-        group=config.logger.group,
-        strategy=config.strategy["name"],
-        model=str(config.choices.get("model")),
-        data=str(config.choices.get("data")),
-        seed=config.seed,
-        config=redact(config.model_dump()),  # records are shared
-        config_hash=config.hash,
-        environment=environment(
-            device=torch.cuda.get_device_name() if on_gpu else None,
-            device_count=job.world_size if on_gpu else 1,
-        ),
-        world_size=job.world_size,
-        mesh=record.Mesh(**job.mesh.sizes),
-        precision=record.Precision(**vars(config.precision) | dict(dtypes)),
-        model_stats=size,
-        batch=record.Batch(
-            global_=job.data.global_batch_size,
-            micro=job.data.micro_batch_size,
-            accumulation=job.accumulation,
-            tokens_per_sample=job.data.tokens_per_sample,
-            order=order,
-        ),
-        results=results,
-    )
-
-
 def quiet() -> None:
     """Leave to the terminal what concerns the user; Lightning's tips and notices stay out."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -401,6 +366,8 @@ def quiet() -> None:
     # Under torch.compile, inductor imports what torch 2.13 deprecates, and dynamo asks any tensor for its gradient.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is deprecated", DeprecationWarning)
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf Tensor", UserWarning)
+    # tracking.validation does so itself where a module does not.
+    warnings.filterwarnings("ignore", r"It is recommended to use `self.log\(.*, sync_dist=True\)`")
     # FSDP2: nothing is changed in place between the modules of a chain, and what leaves it is no view.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     # metrics.csv lies in the run folder itself, beside files that are there before it.

@@ -77,6 +77,7 @@ class Certificate(BaseModel):
     tolerance: str
     conditions: list[str] = Field(default_factory=list)  # under which all of its runs were made, in words
     cause: str = ""  # where they first differ, and the likely kind of fault, in words
+    setting: dict[str, Any] = Field(default_factory=dict)  # in which it holds: tracking.certified.setting_of
     subject: str = ""  # what it speaks for: tracking.certified.subject_of
     config_hash: str
     reference_config_hash: str

@@ -1,4 +1,4 @@
-"""Which runs a certificate speaks for: those that compute the same thing with the same code."""
+"""Which runs a certificate speaks for: those that compute the same thing, in the same setting, with the same code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ VERIFIED = "*/*-verify/*/certificate.json"  # below the folder of all runs: wher
 
 # What a strategy does is the same at every learning rate, and for any number of steps.
 NUMBERS_OF_TRAINING = ("optimizer", "scheduler", "weights")
+RATES = ("lr", "weight_decay", "momentum", "betas", "eps")
+# Of the data, which samples come when, how they are read, and what is validated.
+OTHER_SAMPLES = ("seed", "num_workers", "max_val_samples", "val_batch_size")
 
 
 class Verdict(BaseModel):
@@ -32,25 +35,56 @@ class Verdict(BaseModel):
     def speaks_for(self, record: RunRecord) -> bool:
         """Whether the run did what was certified, with the same code and the same versions."""
         own = record.environment
-        if own.revision is None:
+        if own.revision is None or own.source is None:
             return False  # outside of git nobody knows whether it is the same code
-        code = {"torch": own.torch, "lightning": own.lightning, "revision": own.revision}
-        return self.subject == subject_of(record.config, record.world_size) and code.items() <= self.environment.items()
+        code = {"torch": own.torch, "lightning": own.lightning, "revision": own.revision, "source": own.source}
+        return self.subject == subject_of(record) and code.items() <= self.environment.items()
 
 
-def subject_of(config: Mapping[str, Any], world_size: int) -> str:
+def setting_of(record: RunRecord) -> dict[str, Any]:
+    """What a certificate says of the setting that it was made in, in words and numbers; of what ran, where it is known.
+
+    A certificate holds in this setting alone: another batch, sequence length or clipping is another computation.
+    """
+    config, found = record.config, record.found
+    optimizer = str(config.get("optimizer", {}).get("_target_"))
+    return {
+        "model": record.model,
+        "parameters": record.model_stats.parameters,
+        "data": record.data,
+        "sample_shapes": found and found.samples.shapes,
+        "tokens_per_sample": record.batch.tokens_per_sample,
+        "global_batch_size": record.batch.global_,
+        "micro_batch_size": record.batch.micro,
+        "clip_norm": config.get("trainer", {}).get("clip_norm"),
+        "precision": record.precision.model_dump(),
+        "optimizer": [one.name for one in found.optimizers] if found else [optimizer],
+        "world_size": record.world_size,
+    }
+
+
+def subject_of(record: RunRecord) -> str:
     """Twelve hex digits, equal for runs of which one's certificate holds for the other.
 
-    Equal are the strategy with its keys, the world size, the net, the kind of data, optimizer, precision and compile.
+    Equal are the setting, and of the config the strategy, the net, the data but for their order, the kinds of optimizer
+    and schedule with all that is no rate, and what else changes how a step is computed.
     """
-    model = {key: value for key, value in config.get("model", {}).items() if key not in NUMBERS_OF_TRAINING}
+    config = record.config
+    trainer = config.get("trainer", {})
     facts = [
-        world_size,
-        model,
+        setting_of(record),
+        without(config.get("model", {}), NUMBERS_OF_TRAINING),
+        without(config.get("data", {}), OTHER_SAMPLES),
+        without(config.get("optimizer", {}), RATES),
+        config.get("scheduler", {}).get("_target_"),
+        [trainer.get(key) for key in ("sync_batchnorm", "on_nan")],
         *(config.get(key) for key in ("strategy", "precision", "compile")),
-        *(config.get(section, {}).get("_target_") for section in ("data", "optimizer")),
     ]
     return sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def without(section: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
 
 
 def certificates_below(runs: Path) -> list[Verdict]:

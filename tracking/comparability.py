@@ -49,14 +49,22 @@ FACTS: tuple[tuple[str, Callable[[RunRecord], Any], str], ...] = (
     ("start", lambda record: beginning(record), "losses and times leave out what another run has done"),
     ("optimizer steps", lambda record: record.results.steps, "final losses are of different moments"),
     ("global batch", lambda record: record.batch.global_, "a step is not the same step"),
+    ("optimizer that ran", lambda record: optimizers_of(record), "a step is not the same step"),
+    ("formats of parameters", lambda record: record.found and record.found.parameter, "losses round otherwise"),
     ("precision", lambda record: record.precision.name, "losses round, and times and memory count, other formats"),
     ("device", lambda record: record.environment.device, "times are of different hardware"),
     ("cores", lambda record: record.environment.cores, "times are of different hardware"),
     ("Python", lambda record: record.environment.python, "times may come from the version"),
     ("torch", lambda record: record.environment.torch, "times and rounding may come from the version"),
     ("lightning", lambda record: record.environment.lightning, "times may come from the version"),
+    ("source of model and data", lambda record: record.environment.source, "the code may have changed in between"),
     ("revision of Concord", lambda record: record.environment.revision, "the code may have changed in between"),
 )
+
+
+def optimizers_of(record: RunRecord) -> str | None:
+    """The classes of those that stepped; None of a record of before that was looked at."""
+    return None if record.found is None else ", ".join(one.name for one in record.found.optimizers)
 
 
 def beginning(record: RunRecord) -> int | str:
@@ -89,6 +97,7 @@ def doubts(runs: Sequence[Run], labels: Sequence[str], groups: Sequence[Sequence
         for fact, value, spoilt in FACTS
         if len(values := by_value({label: value(record) for label, record in records.items()})) > 1
     ]
+    found += notes_of(records)
     # Repeats are compared seed by seed: one that all have is enough.
     seeds = {label: _seeds(runs, group) for label, group in zip(labels, groups, strict=True) if label in records}
     if seeds and not set.intersection(*seeds.values()):
@@ -105,6 +114,21 @@ def doubts(runs: Sequence[Run], labels: Sequence[str], groups: Sequence[Sequence
         text = f"ranks are processes that share {cores} cores; their times say little of devices of their own."
         found.append(Doubt(fact="hardware", text=text))
     return found
+
+
+def notes_of(records: Mapping[str, RunRecord]) -> list[Doubt]:
+    """What records say of runs that were not what their configs say; what several say is told once."""
+    holders: dict[str, list[str]] = {}
+    for label, record in records.items():
+        notes = [*(record.found.notes if record.found else []), *own_metrics(record)]
+        for note in notes:
+            holders.setdefault(note, []).append(label)
+    return [Doubt(fact="config", text=f"{', '.join(labels)}: {note}") for note, labels in holders.items()]
+
+
+def own_metrics(record: RunRecord) -> list[str]:
+    names = ", ".join(record.results.val_of_one_rank)
+    return [f"{names} is of the first rank's samples alone; log it with sync_dist=True."] if names else []
 
 
 def config_differences(runs: Sequence[Run], labels: Sequence[str], groups: Sequence[Sequence[int]]) -> list[Difference]:

@@ -16,6 +16,7 @@ from tracking.gantt import Bar, last_step
 from tracking.labels import groups_of, labels_of, members_of, seed_of
 from tracking.record import Collective, Memory, RunRecord
 from tracking.redact import redact
+from tracking.refuted import is_refuted
 from tracking.shown import shown_ranks
 from tracking.sources import Run
 
@@ -43,6 +44,10 @@ class Traffic(_Figures):
     calls: float
     payload: float
     seconds: float | None
+
+
+# "refuted" is of a run whose certificate says that it agrees, and whose losses say that it does not.
+ShownVerdict = Literal["agrees", "disagrees", "refuted"]
 
 
 class RunFigures(_Figures):
@@ -87,7 +92,7 @@ class RunFigures(_Figures):
     wall_s: float | None
     startup_s: float | None
     seconds_to_target: float | None
-    verdict: Literal["agrees", "disagrees"] | None
+    verdict: ShownVerdict | None
     curve: Curve
     gantt: list[Bar]
     gantt_step: int | None
@@ -172,7 +177,7 @@ def compare_runs(
         target_loss=target,
         runs=figures,
         series=_with_front(series),
-        doubts=[*doubts(runs, labels, groups), *uncertified(figures)],
+        doubts=[*doubts(runs, labels, groups), *uncertified(figures), *refuted(figures)],
         differences=config_differences(runs, labels, groups),
     )
 
@@ -238,7 +243,7 @@ def _figures(
             "state": run.state,
             "error": run.error and str(redact(run.error)),  # a page is shared, and goes to W&B
             "tokens_per_s_deviation": float(np.std(speeds, ddof=1)) if len(speeds) > 1 else None,
-            "verdict": verdict_of(run, certificates),
+            "verdict": _shown_verdict(run, certificates, losses, reference),
             "curve": curve,
             "shown_ranks": shown,
             "gantt": bars,
@@ -347,6 +352,16 @@ def _total(parts: Sequence[Collective], ranks: int) -> float | None:
     return sum(times) / ranks if len(times) == len(parts) else None
 
 
+def _shown_verdict(
+    run: Run, certificates: Sequence[Verdict], losses: dict[str, Any], reference: Run | None
+) -> ShownVerdict | None:
+    verdict = verdict_of(run, certificates)
+    if verdict != "agrees" or run.record is None or reference is None:
+        return verdict
+    theirs = losses_of(reference).train.values
+    return "refuted" if is_refuted(losses, run.record, reference.record, theirs) else verdict
+
+
 def verdict_of(run: Run, certificates: Sequence[Verdict]) -> Literal["agrees", "disagrees"] | None:
     """That of the run's own certificate, else of one that speaks for it."""
     if run.verdict is not None:
@@ -366,6 +381,28 @@ def uncertified(runs: Sequence[RunFigures]) -> list[Doubt]:
         f"python scripts/verify.py -m strategy={strategies}, with these runs' other choices, tells."
     )
     return [Doubt(fact="certificate", text=text)]
+
+
+def refuted(runs: Sequence[RunFigures]) -> list[Doubt]:
+    """A warning of each run that is not what its certificate says."""
+    return [
+        Doubt(
+            fact="certificate",
+            text=(
+                f"{run.label} has a certificate, but its losses are not those of the same training in the reference: "
+                f"{_apart(run)}, beyond rounding; it is not called certified. Dropout and other noise part runs whose "
+                f"micro-batches differ; else look for what the certificate's few steps did not show."
+            ),
+        )
+        for run in runs
+        if run.verdict == "refuted"
+    ]
+
+
+def _apart(run: RunFigures) -> str:
+    if run.diverged:
+        return "some are no numbers"
+    return f"they differ by {run.loss_difference:.1e} at step {run.loss_difference_step}"
 
 
 def _missing(run: Run) -> list[str]:

@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 
 from tracking.comparison import Comparison, RunFigures, Series, Spread, differ
-
-# Digits to which losses must be the same to be said to agree: bfloat16 keeps 8 bits, a little over two digits, and
-# what differs in the third is more than the formats that runs train in explain.
-AGREED_DIGITS = 3
+from tracking.refuted import AGREED_DIGITS
 
 MOST_NAMED = 8  # in one sentence: more are not read
 
@@ -125,6 +122,11 @@ def _losses(comparison: Comparison) -> list[str]:
         sentences.append(_agreement(comparison, others))
     wrong = [run for run in comparison.runs if run.verdict == "disagrees"]
     right = [run for run in comparison.runs if run.verdict == "agrees"]
+    refuted = [run for run in comparison.runs if run.verdict == "refuted"]
+    if refuted:
+        sentences.append(
+            f"Certified, but refuted by their own losses: {_whose(comparison, refuted)}; see the warnings."
+        )
     if wrong:
         sentences.append(f"Certified not to compute what one process computes: {_whose(comparison, wrong)}.")
     if right:

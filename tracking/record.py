@@ -3,18 +3,18 @@
 import json
 import os
 import platform
-import subprocess
 import sys
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tracking.found import Found
+from tracking.revision import ROOT, git_revision, source_digest
+
 VERSION: Literal[2] = 2
 READABLE = (1, VERSION)  # what a newer version adds has a default in an older record
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class _Schema(BaseModel):
@@ -31,6 +31,7 @@ class Environment(_Schema):
     torch: str
     lightning: str
     revision: str | None = Field(description="git commit of Concord, with -dirty and a digest if files differ from it")
+    source: str | None = Field(None, description="digest of the source of model and data, as the run imported it")
     os: str
     device: str
     device_count: int
@@ -119,6 +120,7 @@ class Results(_Schema):
     train_loss: float | None = Field(description="last logged train/loss: mean over the steps since the log before")
     val_loss: float | None
     val_metrics: dict[str, float] = Field(description="every val/* metric of the last validation, by its key")
+    val_of_one_rank: list[str] = Field([], description="metrics that are the first rank's own, not all ranks' mean")
     tokens_per_s: float | None
     step_ms_p50: float | None
     step_ms_p95: float | None
@@ -158,6 +160,7 @@ class RunRecord(_Schema):
     precision: Precision
     model_stats: Stats
     batch: Batch
+    found: Found | None = Field(None, description="what ran, as read from the live objects; none of older records")
     results: Results
 
     def write(self, path: Path) -> None:
@@ -197,6 +200,7 @@ def environment(*, device: str | None = None, device_count: int = 1) -> Environm
         torch=version("torch"),
         lightning=version("lightning"),
         revision=git_revision(ROOT),
+        source=source_digest(),
         os=f"{platform.system()} {platform.release()}",
         device=device or cpu_name(),
         device_count=device_count,
@@ -208,27 +212,6 @@ def environment(*, device: str | None = None, device_count: int = 1) -> Environm
 def host_memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def git_revision(root: Path) -> str | None:
-    """Commit of the working tree at `root`, with a digest of what differs in tracked files; None outside git.
-
-    Such as 1f0c...-dirty-2b8e61a4.
-    """
-    # Without this check git would find a repository that merely encloses an unpacked archive of ours.
-    if not (root / ".git").exists():
-        return None
-    try:
-        revision = git(root, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*").decode().strip()
-        if revision.endswith("-dirty"):
-            revision += f"-{sha256(git(root, 'diff', 'HEAD')).hexdigest()[:8]}"
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return revision
-
-
-def git(root: Path, *words: str) -> bytes:
-    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, timeout=10, check=True).stdout
 
 
 def usable_cores() -> int:

@@ -1,11 +1,12 @@
 """Lightning's logger for the W&B run of rank 0: metrics in rows, the record in the summary, the run's files with it."""
 
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -18,7 +19,7 @@ from tracking.wandb_config import AXES, RUN_FILES
 from tracking.wandb_run import TROUBLE, finish_run, first_line, save_file, say
 
 # What a run's metric is judged by, where that is not its last value.
-SUMMARIES = {"val/loss": "min", "perf/tokens_per_s": "mean"}
+SUMMARIES: dict[str, Literal["min", "mean"]] = {"val/loss": "min", "perf/tokens_per_s": "mean"}
 
 
 @final
@@ -36,8 +37,9 @@ class RunLogger(WandbLogger):
         for axis in AXES:
             run.define_metric(axis, hidden=True)  # no charts of their own
         run.define_metric("*", step_metric="step")
-        for metric, summary in SUMMARIES.items():
-            run.define_metric(metric, step_metric="step", summary=summary)
+        for metric in SUMMARIES:
+            run.define_metric(metric, step_metric="step", summary="none")
+        self._judged: dict[str, tuple[int, float]] = {}  # how many rows have counted, and to what they have come
 
     def log_graph(self, model: Module, input_array: Any = None) -> None:
         """No graph; but Lightning asks for it once, when all is set up and training is about to begin."""
@@ -52,6 +54,18 @@ class RunLogger(WandbLogger):
             if self._tokens_per_step is not None:
                 row["tokens"] = step * self._tokens_per_step
         self._send(partial(self.experiment.log, row))
+        self._judge(row)
+
+    def _judge(self, row: Mapping[str, float]) -> None:
+        """Bring the summary up to date: W&B's own least and mean are no number for good once a row's value was none."""
+        for metric in SUMMARIES.keys() & row.keys():
+            value, kind = float(row[metric]), SUMMARIES[metric]
+            if not math.isfinite(value):
+                continue
+            count, so_far = self._judged.get(metric, (0, value))
+            found = min(so_far, value) if kind == "min" else so_far + (value - so_far) / (count + 1)
+            self._judged[metric] = count + 1, found
+            self.log_summary({metric: {kind: found}})
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:

@@ -1,6 +1,6 @@
 """Lightning's precision plugins for our own number formats."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -223,3 +223,8 @@ def unknown(precision: spec.Precision) -> ValueError:
 def name(dtype: torch.dtype) -> str:
     """A format as conf/precision spells it."""
     return str(dtype).removeprefix("torch.")
+
+
+def names(tensors: Iterable[Tensor]) -> str:
+    """The formats of tensors, in words."""
+    return " and ".join(dict.fromkeys(name(tensor.dtype) for tensor in tensors))

@@ -26,7 +26,7 @@ from strategies.engines.materialize import materialize
 from strategies.engines.precision import (
     loss_scale_of,
     masters_of,
-    name,
+    names,
     narrow,
     precision_plugin,
     set_loss_scale,
@@ -53,10 +53,10 @@ class WholeModel(ChecksSteps):
         rework(blocks_of(self.module), compiled=self.run.compile, checkpointing=self.checkpointing)
         super().setup(trainer)
         self.connect_guard()
-        parameter = next(self.module.parameters()).dtype
-        master = self.optimizers[0].param_groups[0]["params"][0].dtype if self.optimizers else parameter
+        parameters = names(self.module.parameters())
+        stepped = [part for optimizer in self.optimizers for part in stepped_by(optimizer)]
         # A gradient is reduced in the format that it has.
-        self.dtypes = {"parameter": name(parameter), "reduce": name(parameter), "master": name(master)}
+        self.dtypes = {"parameter": parameters, "reduce": parameters, "master": names(stepped) or parameters}
 
     @property
     def module(self) -> pl.LightningModule:

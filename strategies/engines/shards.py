@@ -41,7 +41,7 @@ class Shards:
         self.owned: Mapping[Tensor, Owned] = {} if scope == "element" else dealt(chain(*groups))
         # Those that this rank steps, whole or its part of them.
         self.parameters = [[parameter for parameter in group if self.steps(parameter)] for group in groups]
-        self.zero = torch.zeros((), dtype=torch.float32, device=local(groups[0][0].detach()).device)
+        self.zero = torch.zeros((), dtype=torch.float32, device=local(next(chain(*groups)).detach()).device)
         holders = spec.mesh.data_ranks * spec.tensor
         # 1 / the ranks that hold the same elements: so that a sum over all ranks counts each element once.
         self.weights = [

@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import yaml
 
 from launch.entry import objective
-from launch.search import split
+from launch.schema import ConfigError
+from launch.search import check_changed, refers, split
 from tests.launch.command import TINY, wait_for
 from tests.launch.warm import start, train
+from tests.tracking.examples import found, record
 from tests.tracking.runs import run as made_run
 from tracking.record import RunRecord
 from tracking.status import read_status
@@ -132,6 +135,22 @@ def test_the_command_line_goes_before_the_choice() -> None:
     assert type(whole).__name__ == "IntDistribution"
 
 
+@pytest.mark.parametrize(("asked", "is_refused"), [(False, True), (True, False), (None, False)])
+def test_a_search_ends_where_a_trial_shows_that_the_module_makes_another_optimizer(
+    asked: bool | None, is_refused: bool, tmp_path: Path
+) -> None:
+    record(found=found(asked=asked)).write(tmp_path / "record.json")
+    check_changed(["model.net.num_layers"], tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer\.lr would change nothing") if is_refused else nullcontext():
+        check_changed(["optimizer.lr"], tmp_path)
+
+
+def test_a_model_may_take_the_optimizer_or_one_number_of_it() -> None:
+    assert refers({"net": {"size": 8}, "optimizer": "${optimizer}"})
+    assert refers({"groups": [{"lr": "${optimizer.lr}"}]})
+    assert not refers({"net": {"size": "${data.vocab_size}"}, "lr": 0.1, "optimizer": "adamw"})
+
+
 REFUSED = {
     "one run": (["hparams=lr"], "hparams=lr searches by several runs; add -m."),
     "no trial": (["-m", "hparams=lr", "hparams.trials=0"], "hparams.trials: Input should be greater than 0 (got 0)."),
@@ -139,6 +158,11 @@ REFUSED = {
     "no such objective": (["-m", "hparams=lr", "objective=speed"], "objective/speed"),
     "no loss to reach": (["-m", "hparams=lr", "objective=time_to_loss"], "objective.loss has no value"),
     "interval that is none": (["-m", "hparams=own", "optimizer.lr=tag(log, interval(0, 1))"], "optimizer.lr="),
+    "optimizer that no model takes": (
+        ["-m", "hparams=lr", "~model.optimizer"],
+        "hparams: optimizer.lr and optimizer.weight_decay would change nothing, as "
+        "model=models.language.LanguageModel takes no ${optimizer}; search keys of the model",
+    ),
     "interval without a search": (["-m", "optimizer.lr=interval(0, 1)"], "add hparams=own"),
 }
 

@@ -99,7 +99,7 @@ class Both(NamedTuple):
 
 
 def test_parts_of_a_batch_keep_together() -> None:
-    batch = {
+    batch: dict[str, Any] = {
         "both": Both(torch.arange(5), list("abcde")),
         "scale": [torch.tensor(2.0)],
         "word": "same",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tracking.found import Found, Samples, Stepping
 from tracking.record import Batch, Environment, Mesh, Precision, Results, RunRecord, Stats
 
 
@@ -25,6 +26,23 @@ def results(**changes: Any) -> Results:
     return Results(**values | changes)
 
 
+def found(**changes: Any) -> Found:
+    """What was found of a net of six elements that AdamW steps, on one rank."""
+    values: dict[str, Any] = {
+        "optimizers": [Stepping(name="torch.optim.adamw.AdamW", made_with={"lr": 0.1}, groups=[], state=["float32"])],
+        "asked": True,
+        "parameters": {"float32": 6},
+        "masters": ["float32"],
+        "gradients": ["float32"],
+        "trainable": 6,
+        "frozen": 0,
+        "buffers": 0,
+        "samples": Samples(micro={4: 8}, step={16: 2}, shapes=[[8]]),
+        "notes": [],
+    }
+    return Found(**values | changes)
+
+
 def record(**changes: Any) -> RunRecord:
     values: dict[str, Any] = {
         "run_id": "r1",
@@ -41,6 +59,7 @@ def record(**changes: Any) -> RunRecord:
             torch="2.13.0",
             lightning="2.6.6",
             revision="1f0c" * 10,
+            source="0123456789ab",
             os="Linux 6",
             device="a processor",
             device_count=1,

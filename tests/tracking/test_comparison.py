@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.tracking.examples import record
+from tests.tracking.examples import found, record
 from tests.tracking.runs import GIB, failed, measured, run, trace
 from tracking.certified import Verdict, subject_of
 from tracking.comparison import Comparison, RunFigures, Series, compare_runs
@@ -322,7 +322,7 @@ def certificate_of(made: Run, verdict: str = "agrees", **environment: str | None
     content = {
         "verdict": verdict,
         "strategy": made.strategy,
-        "subject": subject_of(made.record.config, made.record.world_size),
+        "subject": subject_of(made.record),
         "environment": made.record.environment.model_dump() | environment,
     }
     return Verdict.model_validate(content)
@@ -338,18 +338,101 @@ def test_a_run_that_nothing_certifies_is_warned_of() -> None:
     assert "scripts/verify.py -m strategy=zero1, with" in doubt.text
 
 
-@pytest.mark.parametrize("changed", [{"torch": "2.0"}, {"revision": "0000"}, {"revision": None}])
+@pytest.mark.parametrize("changed", [{"torch": "2.0"}, {"revision": "0000"}, {"source": "0000"}])
 def test_a_certificate_of_other_code_does_not_count(changed: dict[str, str | None]) -> None:
     ddp = run("ddp")
     assert compare_runs([ddp], certificates=[certificate_of(ddp, "agrees", **changed)]).runs[0].verdict is None
 
 
-def test_a_certificate_holds_for_other_rates_and_lengths_but_not_for_another_net() -> None:
-    config: dict[str, Any] = {"model": {"net": {"size": 8}, "optimizer": {"lr": 1}}, "trainer": {"max_steps": 4}}
-    other_rate = {"model": {"net": {"size": 8}, "optimizer": {"lr": 2}}, "trainer": {"max_steps": 9}}
-    other_net = {"model": {"net": {"size": 9}, "optimizer": {"lr": 1}}, "trainer": {"max_steps": 4}}
-    assert subject_of(config, 2) == subject_of(other_rate, 2)
-    assert len({subject_of(config, 2), subject_of(config, 4), subject_of(other_net, 2)}) == 3
+@pytest.mark.parametrize("fact", ["revision", "source"])
+def test_no_certificate_counts_for_code_that_nobody_knows(fact: str) -> None:
+    unknown = record().environment.model_copy(update={fact: None})
+    ddp = run("ddp", changes={"environment": unknown})
+    assert compare_runs([ddp], certificates=[certificate_of(ddp)]).runs[0].verdict is None
+
+
+SETTING: dict[str, Any] = {
+    "model": {"net": {"size": 8}, "optimizer": {"lr": 1}},
+    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1},
+    "trainer": {"max_steps": 4, "clip_norm": 1.0},
+    "data": {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 8, "seed": 1},
+}
+
+
+def subject(section: str = "trainer", /, ranks: int = 2, micro: int = 4, **changes: Any) -> str:
+    """That of a run of SETTING but for changes of one section."""
+    config = SETTING | {section: SETTING[section] | changes}
+    batch = record().batch.model_copy(update={"micro": micro})
+    return subject_of(record(config=config, world_size=ranks, batch=batch))
+
+
+def test_a_certificate_holds_for_other_rates_lengths_and_samples() -> None:
+    same = [
+        subject("optimizer", lr=2, weight_decay=0.3),
+        subject("model", optimizer={"lr": 2}),
+        subject("trainer", max_steps=9),
+        subject("data", seed=2, max_val_samples=8),
+    ]
+    assert set(same) == {subject()}
+
+
+def test_a_certificate_holds_for_no_other_setting() -> None:
+    others = [
+        subject("model", net={"size": 9}),
+        subject(ranks=4),
+        subject(micro=8),
+        subject("data", global_batch_size=32),
+        subject("data", micro_batch_size=8),
+        subject("data", sequence_length=16),
+        subject("trainer", clip_norm=None),
+        subject("optimizer", _target_="torch.optim.SGD"),
+        subject("optimizer", amsgrad=True),
+    ]
+    assert len({subject(), *others}) == 1 + len(others)
+
+
+def test_a_run_of_a_module_that_was_edited_since_is_not_certified() -> None:
+    ddp = run("ddp")
+    assert ddp.record is not None
+    edited = ddp.record.environment.model_copy(update={"source": "edited"})
+    again = run("ddp", changes={"environment": edited})
+    assert [one.verdict for one in compare_runs([again], certificates=[certificate_of(ddp)]).runs] == [None]
+
+
+@pytest.mark.parametrize("losses", [(4.0, 3.0, 4.3), (4.0, math.nan, math.nan)])
+def test_a_run_whose_losses_differ_is_not_called_certified(losses: tuple[float, ...]) -> None:
+    runs = [run("single"), run("ddp", losses=losses), run("zero1")]
+    comparison = compare_runs(runs, certificates=[certificate_of(runs[1]), certificate_of(runs[2])])
+    assert [one.verdict for one in comparison.runs] == [None, "refuted", "agrees"]
+    (doubt,) = comparison.doubts
+    apart = "some are no numbers" if math.isnan(losses[2]) else "they differ by 2.3e+00 at step 30"
+    assert doubt.text.startswith("ddp has a certificate, but its losses are not those")
+    assert f"in the reference: {apart}, beyond rounding" in doubt.text
+    text = " ".join(conclusions(comparison))
+    assert "Certified, but refuted by their own losses: ddp" in text
+    assert "Certified to compute what one process computes: zero1." in text
+
+
+def test_a_certificate_holds_for_no_other_samples_optimizer_or_formats_that_were_found() -> None:
+    samples = found().samples.model_copy(update={"shapes": [[16]]})
+    sgd = found().optimizers[0].model_copy(update={"name": "torch.optim.sgd.SGD"})
+    other = [found(samples=samples), found(optimizers=[sgd])]
+    assert len({subject_of(record(found=one)) for one in [found(), found(trainable=5), *other]}) == 3
+
+
+def test_what_contradicts_a_config_is_a_warning_of_the_comparison() -> None:
+    noted = {"found": found(notes=["optimizer.lr=1 is not what runs."])}
+    alone = run("single", changes={"found": found()})
+    runs = [alone, run("ddp", changes=noted), run("fsdp", changes=noted)]
+    told = [doubt.text for doubt in compare_runs(runs).doubts if doubt.fact == "config"]
+    assert told == ["ddp, fsdp: optimizer.lr=1 is not what runs."]
+
+
+def test_losses_that_were_to_differ_refute_no_certificate() -> None:
+    other = run("ddp", losses=(4.0, 3.0, 2.5), config={"optimizer": {"lr": 0.2}})
+    reseeded = run("ddp", losses=(4.0, 3.0, 2.5), seed=7)
+    for one in (other, reseeded):
+        assert compare_runs([run("single"), one], certificates=[certificate_of(one)]).runs[1].verdict == "agrees"
 
 
 def test_a_certificate_beside_a_run_counts_if_it_is_of_the_same() -> None:

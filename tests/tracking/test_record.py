@@ -5,11 +5,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import pydantic
 import pytest
 
 from tests.tracking.examples import record, results
-from tracking.record import RunRecord, environment, git_revision
+from tracking.record import RunRecord, environment
+from tracking.revision import git_revision, source_digest
 
 RECORDS = Path(__file__).parent / "records"  # as a run of each version wrote them
 
@@ -93,26 +96,75 @@ def test_the_environment_names_versions_but_neither_host_nor_user() -> None:
     assert set(type(here).model_fields).isdisjoint({"host", "hostname", "user"})
 
 
-def test_a_revision_says_when_files_differ_from_it(tmp_path: Path) -> None:
-    assert git_revision(tmp_path) is None
-
-    def git(*words: str) -> None:
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A git repository of one commit."""
+    (tmp_path / "file").write_text("one")
+    (tmp_path / ".gitignore").write_text("*.log\n__pycache__\n")
+    for words in (["init"], ["add", "."], ["commit", "-m", "one"]):
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.com", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+    return tmp_path
 
-    git("init")
-    (tmp_path / "file").write_text("one")
-    git("add", "file")
-    git("commit", "-m", "one")
-    clean = git_revision(tmp_path)
+
+def test_a_revision_says_when_files_differ_from_it(repository: Path) -> None:
+    clean = git_revision(repository)
     assert clean is not None and len(clean) == 40
-    (tmp_path / "file").write_text("two")
-    dirty = git_revision(tmp_path)
+    (repository / "file").write_text("two")
+    dirty = git_revision(repository)
     assert dirty is not None and dirty.startswith(f"{clean}-dirty-")
-    (tmp_path / "file").write_text("three")
-    assert git_revision(tmp_path) not in (clean, dirty)  # another change is other code
-    (tmp_path / "inner").mkdir()
-    assert git_revision(tmp_path / "inner") is None
+    (repository / "file").write_text("three")
+    assert git_revision(repository) not in (clean, dirty)  # another change is other code
+    (repository / "inner").mkdir()
+    assert git_revision(repository / "inner") is None
+
+
+@pytest.mark.parametrize("name", ["models/mine.py", "datamodules/mine/set.py", "conf/model/mine.yaml"])
+def test_a_revision_knows_of_files_that_git_has_not_been_told_of(name: str, repository: Path) -> None:
+    clean, path = git_revision(repository), repository / name
+    path.parent.mkdir(parents=True)
+    path.write_text("first")
+    added = git_revision(repository)
+    assert clean is not None and added is not None and added.startswith(f"{clean}-dirty-")
+    path.write_text("second")
+    assert git_revision(repository) not in (clean, added)
+
+
+@pytest.mark.parametrize("name", ["models/run.log", "models/__pycache__/mine.py", "models/weights.pt", "notes.py"])
+def test_a_revision_leaves_out_what_is_no_source_of_a_run(name: str, repository: Path) -> None:
+    clean, path = git_revision(repository), repository / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("anything")
+    assert git_revision(repository) == clean
+
+
+def imported(name: str, path: Path) -> dict[str, ModuleType]:
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    return {name: module}
+
+
+def test_the_digest_of_the_source_follows_what_a_user_s_module_says(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("loss = 1")
+    first = source_digest(imported("mine", path))
+    assert source_digest(imported("mine", path)) == first != source_digest({})
+    path.write_text("loss = 3")
+    assert source_digest(imported("mine", path)) != first
+
+
+@pytest.mark.parametrize("name", ["tracking.mine", "launch.mine", "scripts.mine"])
+def test_the_digest_of_the_source_leaves_out_concord_s_engine_room(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("")
+    assert source_digest(imported(name, path)) == source_digest({})
+
+
+def test_the_digest_of_the_source_leaves_out_what_is_installed_and_what_that_makes(tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel.py"
+    kernel.write_text("")
+    loaded = {"pydantic": pydantic, "json": json} | imported("pydantic.made", kernel)
+    assert source_digest(loaded) == source_digest({})
 
 
 def test_reading_a_record_imports_no_torch() -> None:

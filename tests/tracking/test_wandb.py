@@ -89,6 +89,12 @@ def test_the_summary_is_the_record_the_least_validation_loss_and_the_mean_throug
     assert summary["train/loss"] == 1.25
 
 
+def test_a_row_that_is_no_number_does_not_spoil_the_summary(tmp_path: Path, train: Program) -> None:
+    train(tmp_path, accident="numbers fail")
+    summary = summary_of(tmp_path)["summary"]
+    assert (summary["val/loss"], summary["perf/tokens_per_s"]) == ({"min": 1.5}, {"mean": 2000})
+
+
 def test_no_secret_is_in_any_byte_of_the_run(offline: Offline) -> None:
     files = [path for path in (offline[0] / "run" / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)

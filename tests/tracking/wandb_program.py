@@ -4,6 +4,7 @@ Each line on stdin is a run as JSON: arguments, environment, folder and output f
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -58,6 +59,9 @@ def run(run_dir: Path, mode: str, accident: str) -> None:
             child.suspend()
     logger.log_metrics({"train/loss": 1.25}, 2)
     logger.log_metrics({"val/loss": 2.5, "epoch": 0}, 2)
+    if accident == "numbers fail":
+        logger.log_metrics({"val/loss": math.nan, "perf/tokens_per_s": math.inf}, 3)
+        logger.log_metrics({"val/loss": 1.5, "perf/tokens_per_s": 3000.0}, 4)
     print("SECRET-print")
     (run_dir / "metrics.csv").write_text(METRICS)
     made_record = record(group="sweep-7")
