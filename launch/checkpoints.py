@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from datamodules.own_loading import facts_of, order_of
+from launch.groups import LOOKS, Start
 from launch.guests import Guests
 from launch.job import Job, collective_timeout_s
 from launch.resume import trained
@@ -30,8 +31,9 @@ from strategies.checkpoint import (
     sweep,
     val_losses,
 )
-from strategies.engines import checkpoint
+from strategies.engines import checkpoint, groups
 from strategies.engines.checkpoint import Holds, Named, Writer
+from strategies.engines.unkept import beside, unheld, unkept_by
 from strategies.engines.vote import Vote
 
 
@@ -41,11 +43,15 @@ class Checkpoints(pl.Callback):
     Put it last: a run that ends on a signal ends here.
     """
 
-    def __init__(self, job: Job, guests: Guests, gets_on: Callable[[], None] = checkpoint.nothing) -> None:
+    def __init__(
+        self, job: Job, guests: Guests, start: Start, gets_on: Callable[[], None] = checkpoint.nothing
+    ) -> None:
         """`gets_on` is called as often as a save that is waited for has got on."""
-        self.job, self.config, self.guests, self.gets_on = job, job.config.checkpoint, guests, gets_on
+        self.job, self.config, self.guests, self.start = job, job.config.checkpoint, guests, start
+        self.gets_on = gets_on
         self.votes = job.unsaved is None  # else who asks a run to end has it end at once
         self.saves = self.votes and (self.config.asked or not job.config.evidence)
+        self.looks = self.saves  # at what the optimizer keeps, until there is some
         self.saved_step: int | None = None
         # Where this rank's generators stood before the validation under way: it draws numbers, and is done again by a
         # run that goes on from what is saved in it.
@@ -78,13 +84,15 @@ class Checkpoints(pl.Callback):
 
     def refuse(self, reason: str | None, trainer: pl.Trainer) -> None:
         """Make no checkpoints if there is a reason, and say so; ValueError if the user relies on them."""
-        if reason is None:
-            return
+        if reason is not None:
+            self.tell_unsaved(reason, trainer)
+            self.saves = False
+
+    def tell_unsaved(self, reason: str, trainer: pl.Trainer) -> None:
         if self.config.asked or self.job.config.resume:
             raise ValueError(f"checkpoint: {reason}")
         if trainer.is_global_zero:
             print(f"No checkpoint is made: {reason}")
-        self.saves = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,7 +103,8 @@ class Checkpoints(pl.Callback):
         step, every = steps_done(trainer), self.config.every_steps
         self.draws = list(self.draws_now(trainer)) if self.validates(step) else []
         self.states = self.guests.states(trainer) if self.saves and self.validates(step) else None
-        signal, minutes_due = self.vote.cast(self.asked(trainer), int(self.minutes_are_over(trainer)))
+        reason = self.look(trainer) if self.looks and self.saves else None
+        signal, minutes_due = self.vote_on(trainer, self.minutes_are_over(trainer), is_unsaved=reason is not None)
         minutes_due, self.saved_since = minutes_due and not self.saved_since, False
         is_last = step == trainer.max_steps and bool(self.config.at_end)  # "auto" asks for it, too
         if self.saves and (is_last or minutes_due or (every is not None and step % every == 0)):
@@ -106,7 +115,7 @@ class Checkpoints(pl.Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if not self.votes:
             return
-        signal, _ = self.vote.cast(self.asked(trainer), 0)  # every rank has as many batches
+        signal, _ = self.vote_on(trainer)  # every rank has as many batches
         if signal:
             self.end(trainer, signal)
 
@@ -132,6 +141,22 @@ class Checkpoints(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if hasattr(self, "writer"):  # else the fit has not begun
             self.writer.settle()
+
+    def vote_on(self, trainer: pl.Trainer, minutes_due: bool = False, *, is_unsaved: bool = False) -> tuple[int, int]:
+        """The signal that any rank was sent, and whether it is time to save; none saves what one of them cannot."""
+        signal, minutes, unsaved = self.vote.cast(self.asked(trainer), int(minutes_due), int(is_unsaved))
+        self.saves = self.saves and not unsaved
+        return signal, minutes
+
+    def look(self, trainer: pl.Trainer) -> str | None:
+        """What of the optimizer, behind the first step that it has taken, could not be saved; None if there is none."""
+        engine = cast(Holds, trainer.strategy)
+        self.looks = not engine.stepping.state and steps_done(trainer) < self.start.step + LOOKS
+        reason = unkept_by(engine) or self.start.unkept(engine.stepping)
+        if reason is not None:
+            self.looks = False
+            self.tell_unsaved(f"{reason}; choose another optimizer, or set checkpoint.at_end=false.", trainer)
+        return reason
 
     def asked(self, trainer: pl.Trainer) -> int:
         return asked_by(self.job.run_dir, is_first=trainer.is_global_zero)
@@ -187,6 +212,7 @@ class Checkpoints(pl.Callback):
             mesh=cast(dict[str, int], self.job.mesh.sizes),
             trained=trained(config) | facts_of(trainer),
             schedulers=[plain(scheduler.scheduler) for scheduler in trainer.lr_scheduler_configs],
+            groups=groups.moved(cast(Holds, trainer.strategy).stepping, self.start.settings),
             loss_scale=cast(Holds, trainer.strategy).scaling,
             callbacks=self.guests.states(trainer) if self.states is None else self.states,
             files={},
@@ -228,4 +254,5 @@ def unsaved(module: pl.LightningModule, trainer: pl.Trainer) -> str | None:
                 f"{type(part).__name__}.get_extra_state of {name or kind} is not called, since no rank has the whole "
                 f"state; keep what it saves in a persistent buffer."
             )
-    return next(filter(None, (unkept(config, trainer) for config in trainer.lr_scheduler_configs)), None)
+    schedules = (unkept(config, trainer) for config in trainer.lr_scheduler_configs)
+    return next(filter(None, (unheld(module), beside(cast(Holds, trainer.strategy).stepping), *schedules)), None)

@@ -21,6 +21,7 @@ from launch.worker import build_model, quiet
 from strategies.checkpoint import MANIFEST, PARTIAL, Manifest
 from strategies.engines.checkpoint import Reader
 from strategies.engines.formats import described, read_pickled, read_whole, to_checkpoint, to_safetensors
+from strategies.engines.groups import put_back
 from strategies.engines.universal import fill, give_storage, to_universal
 from strategies.weights import Source, averages_of, check_weights, find_weights, renamed, weights_of
 
@@ -162,6 +163,7 @@ def trainer_at(source: Source, *, trust: bool) -> Trainer:
     model.configure_model()
     give_storage(model)
     connect(trainer, model)
+    put_back(trainer.optimizers[0], source.manifest.groups)
     for scheduler, state in zip(trainer.lr_scheduler_configs, source.manifest.schedulers, strict=True):
         restore_schedule(scheduler.scheduler, state)
     stand_at(trainer, source.manifest.step)

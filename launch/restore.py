@@ -17,7 +17,7 @@ from launch.resume import check_seen
 from launch.schedule import restore_schedule
 from models.steps import steps_done
 from strategies.checkpoint import Manifest
-from strategies.engines import checkpoint
+from strategies.engines import checkpoint, groups
 from strategies.engines.checkpoint import Holds, Reader
 
 
@@ -31,6 +31,7 @@ class Restore(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         engine = cast(Holds, trainer.strategy)
         self.manifest = Manifest.read(self.folder)
+        groups.put_back(engine.stepping, self.manifest.groups)  # and then the schedule what it moves of them
         with Reader(self.folder, self.manifest) as reader:
             engine.restored(checkpoint.load(reader, engine.held(), engine.stepping))
             engine.narrow()

@@ -47,6 +47,7 @@ from launch.counting import CountsFirstBatch, counted
 from launch.dispatch import EXIT_FAILED, STARTED, load_resolved
 from launch.epochs import Epochs
 from launch.failure import record_error
+from launch.groups import Start
 from launch.guests import Guests, build_callbacks
 from launch.job import Job, run_of
 from launch.looks import nan_finders, profilers, recorder_of
@@ -280,11 +281,12 @@ def train_watched(
             own.append(EvidenceRecorder(job.run_dir))
             if config.evidence_step is not None:
                 own.append(ModuleRecorder(job.run_dir, config.evidence_step))
+        own.append(start := Start())
         if config.resume is not None:
             own.append(Restore(job))
         elif config.weights is not None:
             own.append(StartingWeights(Path(config.weights), model))
-        own += [validation, observer, Checkpoints(job, guests, watchdog.beat)]
+        own += [validation, observer, Checkpoints(job, guests, start, watchdog.beat)]
         if config.resume is not None:
             own.append(Complete(meter))
         mode = WithoutDropout(model) if config.evidence else None

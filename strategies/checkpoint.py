@@ -36,7 +36,7 @@ from pydantic import (
 
 from strategies.boxes import Box
 from strategies.durable import flush, write_whole
-from strategies.headers import ITEM_BYTES, Count, Counts, read_header, read_json, reason
+from strategies.headers import ITEM_BYTES, Count, Counts, as_filed, read_header, read_json, reason
 
 MANIFEST = "checkpoint.json"
 VERSION: Final = 1
@@ -137,6 +137,7 @@ class Manifest(Strict):
     mesh: dict[str, int]
     trained: dict[str, Any]  # what a run that goes on must have in common with this one, by dotted keys
     schedulers: list[dict[str, Any]]
+    groups: list[dict[str, Any]] = []  # by group of the optimizer, what it has counted there
     loss_scale: LossScale | None = None  # of a run in float16
     callbacks: dict[str, Any] = {}  # by their `state_key`, what the user's callbacks keep
     files: dict[FileName, File]
@@ -212,7 +213,7 @@ def check_pieces(path: Path, pieces: Sequence[tuple[str, Stored, Piece]]) -> Non
     header = read_header(path)
     for name, stored, piece in pieces:
         entry = header.get(piece.key)
-        if entry is None or (entry.torch_dtype, entry.shape) != (stored.dtype, piece.box.shape):
+        if entry is None or (entry.torch_dtype, entry.shape) != as_filed(stored.dtype, piece.box.shape):
             raise ValueError(f"{path} is damaged: it has no such piece of {name[:100]!r}; choose another checkpoint.")
 
 

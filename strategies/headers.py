@@ -17,10 +17,19 @@ HEADER_BYTES = 100_000_000  # what safetensors itself reads at most (MAX_HEADER_
 
 # Formats as safetensors spells them: as torch does, and bytes of an element.
 DTYPES = {
+    "C64": ("complex64", 8),
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "BF16": ("bfloat16", 2),
     "F16": ("float16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
     "I64": ("int64", 8),
     "I32": ("int32", 4),
     "I16": ("int16", 2),
@@ -28,7 +37,8 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-ITEM_BYTES = dict(DTYPES.values())
+PAIRED = {"complex128": "float64"}  # which the format does not know: a last dim holds real and imaginary parts
+ITEM_BYTES = {**dict(DTYPES.values()), "complex128": 16}
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Counts = Annotated[tuple[Count, ...], Field(max_length=64)]  # dims, of which torch indexes no more
@@ -46,6 +56,11 @@ class Entry(BaseModel):
     @property
     def torch_dtype(self) -> str:
         return DTYPES[self.dtype][0]
+
+
+def as_filed(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Format and shape by which a file has a tensor."""
+    return (PAIRED[dtype], (*shape, 2)) if dtype in PAIRED else (dtype, shape)
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -37,20 +37,12 @@ from strategies.checkpoint import (
     merged,
     unfinished,
 )
+from strategies.engines.groups import Moment
+from strategies.engines.probing import ready_to_step
+from strategies.headers import DTYPES, PAIRED
 
-# Formats as safetensors spells them.
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+CODES: dict[torch.dtype, str] = {getattr(torch, name): code for code, (name, _) in DTYPES.items()}
+KNOWN = {*CODES, torch.complex128}
 
 POLL_S = 0.02  # how often the first rank looks whether another has written its part
 PROGRESS_S = 0.1  # how often who waits for a checkpoint looks whether more of it has been written
@@ -79,6 +71,11 @@ class Held:
     select: Select = all_of_it
     writes: bool = True
     has_state: bool = True  # whether what the optimizer keeps is of this parameter, and not of others beside it
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nobody else has a part of it that is stepped, or kept of."""
+        return self.stepped.shape == self.shape and list(self.boxes) == [Box.whole(self.shape)]
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor, *, writes: bool) -> Held:
@@ -125,16 +122,36 @@ def tensors_of(held: Held, optimizer: Optimizer) -> Iterator[Named]:
         yield f"weight/{held.name}", held.shape, box, part
     for key, value in (optimizer.state.get(held.stepped, {}) if held.has_state else {}).items():
         name = f"state/{key}/{held.name}"
-        if not isinstance(value, Tensor):
+        kept = number(value)
+        if kept is None or kept.dtype not in KNOWN:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps {type(value).__name__} {key} for {held.name}, and only tensors can "
-                f"be saved; choose optimizer=adamw."
+                f"{type(optimizer).__name__} keeps {type(value).__name__} {key} for {held.name}, and only tensors and "
+                f"numbers can be saved"
             )
-        if value.shape == held.stepped.shape:
-            for box, part in zip(held.boxes, held.select(value), strict=True):
+        if kept.shape == held.stepped.shape:
+            for box, part in zip(held.boxes, held.select(kept), strict=True):
                 yield name, held.shape, box, part
-        else:  # a count of steps, say: the same on all ranks
-            yield name, tuple(value.shape), Box.whole(value.shape), value
+        elif kept.dim() == 0 or held.is_whole:  # a count of steps, say: the same on all ranks
+            yield name, tuple(kept.shape), Box.whole(kept.shape), kept
+        else:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key} in shape {tuple(kept.shape)} for a rank's part of "
+                f"{held.name}, and what is kept of a part has to have its shape to be saved"
+            )
+
+
+def number(value: Any) -> Tensor | None:
+    """What an optimizer keeps as a tensor; None of what is no number, or one of more than 64 bits."""
+    match value:
+        case Tensor():
+            return value
+        case bool():
+            return torch.tensor(value)
+        case float():
+            return torch.tensor(value, dtype=torch.float64)
+        case int():
+            return torch.tensor(value, dtype=torch.int64) if -(2**63) <= value < 2**63 else None
+    return None
 
 
 def nothing() -> None:
@@ -151,7 +168,7 @@ def write_rank(folder: Path, rank: int, named: Iterable[Named], gets_on: Callabl
         so_far = tensors[name].pieces if name in tensors else []
         dtype = str(part.dtype).removeprefix("torch.")
         tensors[name] = Stored(shape=shape, dtype=dtype, pieces=[*so_far, piece])
-        parts.append(part)
+        parts.append(torch.view_as_real(part.resolve_conj()) if part.dtype == torch.complex128 else part)
     return Part(name=file, file=write_file(folder / file, parts, gets_on), tensors=tensors)
 
 
@@ -198,7 +215,8 @@ def write_tensors(
 
 def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     """A tensor's elements as they lie in (host) memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 Fill = Callable[[dict[str, File], dict[str, Stored]], Manifest]
@@ -360,7 +378,8 @@ class Reader:
         for piece in stored.pieces:
             common = box.overlap(piece.box)
             if common is not None:
-                result[common.inside(box)] = self.open(piece.file).get_slice(piece.key)[common.inside(piece.box)]
+                part = self.open(piece.file).get_slice(piece.key)[common.inside(piece.box)]
+                result[common.inside(box)] = torch.view_as_complex(part) if stored.dtype in PAIRED else part
                 count += common.numel
         if count != box.numel:
             raise ValueError(f"{self.folder}: of {name} it has {count} of the {box.numel} elements that are needed.")
@@ -375,20 +394,24 @@ class Reader:
 def make_state(optimizer: Optimizer, stepped: list[Tensor]) -> None:
     """Have an optimizer make the state that it has after a first step, without stepping anything.
 
-    A step by gradients of zeros at a rate of 0, as torch.distributed.checkpoint does it.
+    A step by gradients of zeros at a rate of 0, as torch.distributed.checkpoint does it. What the optimizer counts in
+    its groups, and of itself, is put back.
     """
-    groups = [dict(group) for group in optimizer.param_groups]
+    groups, attributes = [Moment(group) for group in optimizer.param_groups], dict(vars(optimizer))
     gradients = [tensor.grad for tensor in stepped]  # DeepSpeed's offload keeps its buffers there
     for group in optimizer.param_groups:
         group.update(params=[], lr=0.0)
     optimizer.param_groups[0]["params"] = stepped
     for tensor in stepped:
         tensor.grad = torch.zeros_like(tensor)
+    ready_to_step(optimizer)
     optimizer.step()
     for tensor, gradient in zip(stepped, gradients, strict=True):
         tensor.grad = gradient
-    for group, before in zip(optimizer.param_groups, groups, strict=True):
-        group.update(before)
+    vars(optimizer).clear()
+    vars(optimizer).update(attributes)
+    for moment in groups:
+        moment.put_back()
 
 
 def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> frozenset[str]:
@@ -414,16 +437,50 @@ def load(reader: Reader, held: Iterable[Held], optimizer: Optimizer) -> frozense
             f"{type(optimizer).__name__} keeps {', '.join(sorted(own)) or 'nothing'}; choose the optimizer that wrote "
             f"it."
         )
-    for one in held:
-        for name, shape, box, tensor in tensors_of(one, optimizer):
-            if name in known and known[name].shape == shape:
-                with torch.no_grad():
-                    tensor.copy_(reader.read(name, box))
-            elif name in known or name.startswith("weight/"):
-                found = f"in shape {known[name].shape}, not {shape}" if name in known else "not at all"
-                raise ValueError(f"resume={reader.folder}: it has {name} {found}; give the model that wrote it.")
-            # Else the parameter had no gradient yet: what is kept of it is still zeros.
+    with torch.no_grad():
+        for one in held:
+            fill(reader, one, optimizer)
     return frozenset(one.name for one in held if stepped and one.name not in stepped)
+
+
+def fill(reader: Reader, one: Held, optimizer: Optimizer) -> None:
+    """Put into one parameter or buffer, and what the optimizer keeps of it, what a checkpoint has of them."""
+    known = reader.manifest.tensors
+    weight = known.get(f"weight/{one.name}")
+    if weight is None or weight.shape != one.shape:
+        raise misfit(reader, f"weight/{one.name}", one.shape)
+    copy_boxes(reader, f"weight/{one.name}", one, one.stepped)
+    if not one.has_state:
+        return
+    state = optimizer.state.get(one.stepped, {})
+    for key, value in state.items():
+        name = f"state/{key}/{one.name}"
+        if name not in known:
+            continue  # the parameter had no gradient yet: what is kept of it is still zeros
+        shape = known[name].shape
+        if isinstance(value, Tensor) and value.shape == one.stepped.shape and shape == one.shape:
+            copy_boxes(reader, name, one, value)
+        elif shape != () and not one.is_whole:
+            raise misfit(reader, name, one.shape)
+        else:
+            whole = reader.read(name, Box.whole(shape))
+            if isinstance(value, bool | int | float):
+                state[key] = type(value)(whole.item())
+            elif isinstance(value, Tensor) and value.shape == shape:
+                value.copy_(whole)
+            else:  # some are made when there is something to keep
+                state[key] = whole.to(one.stepped.device)
+
+
+def copy_boxes(reader: Reader, name: str, one: Held, tensor: Tensor) -> None:
+    for box, part in zip(one.boxes, one.select(tensor), strict=True):
+        part.copy_(reader.read(name, box))
+
+
+def misfit(reader: Reader, name: str, shape: tuple[int, ...]) -> ValueError:
+    known = reader.manifest.tensors
+    found = f"in shape {known[name].shape}, not {shape}" if name in known else "not at all"
+    return ValueError(f"resume={reader.folder}: it has {name} {found}; give the model that wrote it.")
 
 
 def lazily_kept(optimizer: Optimizer, held: Iterable[Held]) -> set[str]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -28,16 +27,17 @@ from torch.optim import Optimizer
 
 from strategies.boxes import Box, boxes_of_range
 from strategies.checkpoint import LossScale
-from strategies.engines.averaging import AveragesExactly
+from strategies.engines.averaging import AveragesExactly, share_buffers
 from strategies.engines.batch_norm import synchronize
 from strategies.engines.blocks import blocks_of, chain_of, rework
 from strategies.engines.checkpoint import Held, persistent_buffers
 from strategies.engines.finite import GRADIENTS, StepGuard, leave_out_when
+from strategies.engines.groups import counting_once
 from strategies.engines.materialize import materialize
 from strategies.engines.micro_batches import MicroBatches
 from strategies.engines.own_code import Reads, check_copies
 from strategies.engines.precision import KeepsBuffers, LossScaler, autocast_inside, name
-from strategies.engines.probing import scope_of
+from strategies.engines.probing import check_modes, scope_of
 from strategies.engines.reach import Reach
 from strategies.engines.shards import whole_parameter
 from strategies.spec import Run
@@ -178,6 +178,9 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
             optimizer.override_loss_scale(self.scaler.value)
         self.model, self.optimizers = engine, [optimizer]
         leave_out_when(lambda: self.leaves_out, optimizer)
+        if self.spec.stage == 3:  # which calls the optimizer once for each part of its groups
+            parts = optimizer.sub_group_to_group_id
+            optimizer._optimizer_step = counting_once(optimizer._optimizer_step, optimizer.optimizer, parts)
 
     def reads(self) -> Reads:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -189,6 +192,7 @@ class ZeroEngine(MicroBatches, AveragesExactly, DeepSpeedStrategy):
 
     def check_scope(self, optimizer: Optimizer) -> None:
         """ValueError if the optimizer looks at more than one element at a time: it steps flat parts of the model."""
+        check_modes(optimizer, f"strategy={self.spec.name}")
         num_dims = [
             [len(getattr(one, "ds_shape", one.shape)) for one in group["params"]] for group in optimizer.param_groups
         ]
@@ -519,14 +523,7 @@ def check_compiled(module: pl.LightningModule, strategy: str) -> None:
 
 def broadcast_buffers(module: nn.Module) -> None:
     """Before every forward the buffers of rank 0 go to all, as under DDP: statistics of a BatchNorm are one rank's."""
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-
-    def broadcast(*_: Any) -> None:
-        for buffer in buffers:
-            dist.broadcast(buffer, 0)
-
-    if buffers:
-        module.register_forward_pre_hook(broadcast)
+    module.register_forward_pre_hook(lambda *_: share_buffers(module.buffers()))
 
 
 def import_deepspeed(*, on_gpu: bool) -> None:

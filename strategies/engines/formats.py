@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from strategies.boxes import Box
 from strategies.checkpoint import MANIFEST, File, Manifest, Stored
 from strategies.engines.checkpoint import CODES, Held, Reader, write_tensors
-from strategies.headers import ITEM_BYTES
+from strategies.headers import ITEM_BYTES, PAIRED
 from strategies.weights import INDEX, Rename, Source, manifest_of, renamed
 
 # What torch.load says, by its kind, of a file that is no zip of a plain dict of tensors.
@@ -77,6 +77,11 @@ def to_safetensors(source: Source, out: Path, rename: Rename, shard_bytes: float
     with Reader(source.folder, source.manifest) as reader:
         names = renamed((name.removeprefix("weight/") for name in source.manifest.tensors), rename)
         tensors = {new: source.manifest.tensors[f"weight/{old}"] for new, old in names.items()}
+        strange = [name for name, stored in tensors.items() if stored.dtype in PAIRED]
+        if strange:
+            raise ValueError(
+                f"{strange[0]} is of {tensors[strange[0]].dtype}, which safetensors has not; use --to lightning."
+            )
 
         def read(new: str) -> Tensor:
             return read_whole(reader, f"weight/{names[new]}")

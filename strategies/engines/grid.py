@@ -310,10 +310,13 @@ class GridEngine(ChecksSteps, AveragesExactly):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self.share_buffers()
-        if self.steps is None:
-            return super().validation_step(*args, **kwargs)
-        with self.validation_draws():
-            return self.steps.evaluate(self.module.validation_step, *args, **kwargs)
+        try:
+            if self.steps is None:
+                return super().validation_step(*args, **kwargs)
+            with self.validation_draws():
+                return self.steps.evaluate(self.module.validation_step, *args, **kwargs)
+        finally:
+            self.reshard()  # a hook may move weights, as a schedule-free optimizer's train() does
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         self.share_buffers()

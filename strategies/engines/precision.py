@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from models.plan import ParallelPlan, matches
 from strategies import spec
 from strategies.checkpoint import LossScale
+from strategies.engines.probing import check_modes
 
 
 class BuildsInItsOwnFormat(Precision):
@@ -92,6 +93,8 @@ class MasterWeights(Half):
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        for optimizer in optimizers:
+            check_modes(optimizer, "precision=bf16_master")
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             masters = [parameter.detach().float().requires_grad_() for parameter in group["params"]]
             self.masters += zip(group["params"], masters, strict=True)

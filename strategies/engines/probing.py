@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from strategies.engines.groups import Settings, same, settings_of
+
 Scope = Literal["element", "parameter", "all"]
 
 # Known to update each element by itself; not tried, since some of them are built for other devices.
@@ -47,11 +49,12 @@ def scope_of(optimizer: Optimizer, num_dims: Sequence[Sequence[int]], device: to
     for group, dims in zip(optimizer.param_groups, num_dims, strict=True):
         shapes = [SHAPES[min(number, 5)] for number in sorted({0, *dims} - {0} or {1})] * 2  # two of each
         try:
-            whole = stepped(optimizer, group, shapes, device, lambda tensors: [list(tensors)])
-            alone = stepped(optimizer, group, shapes, device, lambda tensors: [[tensor] for tensor in tensors])
+            whole, (kept,) = stepped(optimizer, group, shapes, device, lambda tensors: [list(tensors)])
+            alone, others = stepped(optimizer, group, shapes, device, lambda tensors: [[tensor] for tensor in tensors])
         except Exception:  # noqa: BLE001  # whatever an optimizer says to tensors that are not its own
             return "all"
-        if not agree(whole, alone):
+        # What it keeps in its groups, such as Prodigy's distance, may show in no weight yet.
+        if not agree(whole, alone) or not all(same(kept, other) for other in others):
             return "all"
         if not all(agree(whole, tried(optimizer, group, shapes, device, cut)) for cut in (rows, flat)):
             found = min(found, 1)
@@ -62,15 +65,18 @@ def tried(
     optimizer: Optimizer, group: dict[str, Any], shapes: Sequence[tuple[int, ...]], device: torch.device, cut: Cut
 ) -> list[Tensor]:
     try:
-        return stepped(optimizer, group, shapes, device, cut)
+        return stepped(optimizer, group, shapes, device, cut)[0]
     except Exception:  # noqa: BLE001  # Muon takes no vector, others no tensor without elements
         return []
 
 
 def stepped(
     optimizer: Optimizer, group: dict[str, Any], shapes: Sequence[tuple[int, ...]], device: torch.device, cut: Cut
-) -> list[Tensor]:
-    """What steps of `optimizer` change of tensors of these shapes, flat; in as many optimizers as `cut` makes of it."""
+) -> tuple[list[Tensor], list[Settings]]:
+    """What steps of `optimizer` change of tensors of these shapes, flat, and what is then in its groups.
+
+    In as many optimizers as `cut` makes of it.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> list[Tensor]:
@@ -83,9 +89,11 @@ def stepped(
         for those, gradients, one in zip(parameters, cut(draw()), copies, strict=True):
             for parameter, gradient in zip(those, gradients, strict=True):
                 parameter.grad = gradient.clone()
+            ready_to_step(one)
             one.step()
     pairs = [pair for those, before in zip(parameters, made, strict=True) for pair in zip(those, before, strict=True)]
-    return [(parameter.detach() - before).flatten() for parameter, before in pairs]
+    changes = [(parameter.detach() - before).flatten() for parameter, before in pairs]
+    return changes, [settings_of(one)[0] for one in copies]
 
 
 def alike(optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> Optimizer:
@@ -101,6 +109,25 @@ def alike(optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.P
         settings["lr"] = settings["lr"] * 0 + RATE  # of the type that it has
     made.param_groups = [{**settings, "params": list(parameters)}]
     return made
+
+
+def ready_to_step(optimizer: Optimizer) -> None:
+    """Switch an optimizer that has modes, as schedule-free ones do, to the one in which it steps."""
+    switch = getattr(optimizer, "train", None)  # torch's own have none
+    if callable(switch):
+        switch()
+
+
+def check_modes(optimizer: Optimizer, where: str) -> None:
+    """ValueError for an optimizer with an eval() that moves weights, as schedule-free ones do, which would not arrive.
+
+    where: what keeps the weights that are stepped apart from those that compute.
+    """
+    if callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"{where} steps copies of the weights, and {type(optimizer).__name__}.eval() would not reach those that "
+            f"are validated; choose strategy=ddp or fsdp with precision=fp32 or bf16, or another optimizer."
+        )
 
 
 def rows(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from strategies.checkpoint import LossScale
-from strategies.engines.averaging import AveragesExactly
+from strategies.engines.averaging import AveragesExactly, send, unsent
 from strategies.engines.batch_norm import synchronize
 from strategies.engines.blocks import blocks_of, rework
 from strategies.engines.checking import ChecksSteps, stepped_by
@@ -154,6 +154,16 @@ class DDPEngine(WholeModel, AveragesExactly):
         )
         self.finds_unused = find_unused_parameters
         self.run, self.checkpointing, self.guard = run, checkpointing, StepGuard()
+
+    def configure_ddp(self) -> None:
+        module = self.module
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, unsent(module))
+        super().configure_ddp()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        for fqn in unsent(self.module):  # those of other formats are sent by DDP
+            send(self.module.get_buffer(fqn))
+        return super().training_step(*args, **kwargs)
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)

@@ -111,7 +111,7 @@ def test_compressed_file_that_unfolds_in_memory_is_not_opened(tmp_path: Path) ->
         ({}, "holds no state dict"),
         ({"a": "text"}, "'a' is str, no plain tensor"),
         ({"a": torch.ones(2).to_sparse()}, "'a' is torch.float32, no plain tensor"),
-        ({"a": torch.ones(2, dtype=torch.complex64)}, "'a' is torch.complex64"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, "'a' is torch.complex128"),
     ],
     ids=lambda part: str(part)[:12],
 )
