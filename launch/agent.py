@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import uuid
 from contextlib import suppress
@@ -16,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from launch import alive
 from launch.fork import Forked, become_rank, preload
 from launch.job import Job
 from launch.lifeline import parented
@@ -65,7 +67,9 @@ class Rank(SubprocessHandler):
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
         leave_to_dispatcher()  # the agent, too, which torchrun has given handlers of its own by now
         job = self.job
-        return super()._popen(args, env) if job is None else Forked(lambda: become_rank(job, env))
+        if job is None:
+            return subprocess.Popen(args, env=env, start_new_session=True, pass_fds=alive.files())
+        return Forked(lambda: become_rank(job, env))
 
     def close(self, death_sig: signal.Signals | None = None) -> None:
         self.killed.add(self.local_rank_id)

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
+from launch.alive import LOCK
 from tracking.status import RunStatus, read_status
 
 # Of an earlier attempt, what the next one goes on with, or does not touch.
-KEPT = ("attempts", "checkpoints", "wandb", ".claim")
+KEPT = ("attempts", "checkpoints", "wandb", ".claim", LOCK)
 
 
 def pending(run_dir: Path) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from launch import alive
 from launch.attempts import earlier_status, give_attempt_back, pending, set_attempt_aside
 from launch.lease import is_gone
 from launch.schema import ConfigError
@@ -24,6 +26,8 @@ def claim_folder(run_dir: Path, status: RunStatus, *, again: bool = False, is_ov
     with claiming(run_dir):
         other = earlier_status(run_dir)
         is_over = is_over or other is None or other.state != "running" or (again and is_gone(run_dir, other))
+        if again and is_over:  # what was killed may still be dying, and write
+            alive.take(run_dir, is_elsewhere=is_elsewhere(other))
         if is_over and pending(run_dir).exists():
             give_attempt_back(run_dir)
             other = earlier_status(run_dir)
@@ -31,8 +35,15 @@ def claim_folder(run_dir: Path, status: RunStatus, *, again: bool = False, is_ov
             raise taken(run_dir, other, again=again)
         if again:
             set_attempt_aside(run_dir)
+        else:
+            alive.take(run_dir)
         (run_dir / "ranks").mkdir()
         status.write(run_dir)
+
+
+def is_elsewhere(status: RunStatus | None) -> bool:
+    """Whether a run was another host's."""
+    return status is not None and status.dispatcher is not None and status.dispatcher[0] != socket.gethostname()
 
 
 def recover_folder(run_dir: Path) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from datamodules.order import evaluation_batches
 from datamodules.spec import SampledData
-from launch import preflight
+from launch import alive, preflight
 from launch.attempts import earlier_status, earlier_tree, give_attempt_back, number_attempt, pending
 from launch.claim import claim_folder, recover_folder
 from launch.compose import REPOSITORY
@@ -66,8 +66,11 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], 
         claim_folder(run_dir, status, again=again)
     except ConfigError as error:
         return ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
-    with beating(run_dir, status):
-        return run_claimed(run_dir, status, make_tree)
+    try:
+        with beating(run_dir, status):
+            return run_claimed(run_dir, status, make_tree)
+    finally:
+        alive.give_up(run_dir)
 
 
 def run_claimed(run_dir: Path, status: RunStatus, make_tree: Callable[[], dict[str, Any]]) -> RunStatus:
@@ -180,7 +183,12 @@ def run_agent(job: Job, status: RunStatus) -> RunStatus:
     variables = environment(job.config)
     start = "fork" if job.config.launcher.accelerator == "cpu" else "exec"  # CUDA does not survive a fork
     process = zygote_for(variables).fork(
-        "agent", str(job.run_dir), str(job.world_size), start, environment={**variables, STARTED: str(time.time())}
+        "agent",
+        str(job.run_dir),
+        str(job.world_size),
+        start,
+        environment={**variables, STARTED: str(time.time())},
+        kept=alive.files(),
     )
     with ending(process):
         code = wait(process, job)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hydra.errors import HydraException
 
+from launch import alive
 from launch.claim import claim_folder
 from launch.compose import compose, quoted
 from launch.dispatch import EXIT_FAILED, EXIT_REFUSED, load_resolved, prepare, refuse
@@ -114,7 +115,8 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
             claim_folder(run_dir, status, again=again, is_over=restarts(run_dir, launcher))
             claim_word(run_dir, launcher).touch()
         else:
-            wait_for_claim(run_dir, launcher, CLAIM_TIMEOUT_S + (LEASE_S if again else 0))
+            wait_for_claim(run_dir, launcher, CLAIM_TIMEOUT_S + (LEASE_S + alive.WAIT_S if again else 0))
+            alive.join(run_dir)
     except (ConfigError, HydraException) as error:
         return refused(error)
     with beating(run_dir, status) if launcher.rank == 0 else nullcontext():

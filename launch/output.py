@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from launch import alive
 from launch.signals import ENDING
 
 
@@ -40,7 +41,9 @@ def tee(path: Path) -> int:
     and signals for the run's process group do not reach it, nor do those that ask all of a run's processes to end.
     """
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}  # what is ignored stays so in it
-    process = subprocess.Popen(["tee", "--append", str(path)], stdin=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        ["tee", "--append", str(path)], stdin=subprocess.PIPE, start_new_session=True, pass_fds=alive.files()
+    )
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert process.stdin is not None

@@ -17,12 +17,13 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from launch import alive
 from launch.lifeline import die_with_parent, parented
 from launch.signals import leave_to_dispatcher
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Program = Literal["agent", "preflight"]
 
+MOST_KEPT = 8  # open files that a program may be given besides its output
 NUMBER = struct.Struct("!q")  # how pids, exit codes and lengths travel
 
 
@@ -56,13 +58,21 @@ class Zygote:
             self.process = start_process(theirs.fileno(), parented(self.environment))
 
     def fork(
-        self, program: Program, *arguments: str, environment: Mapping[str, str], stderr: IO[str] | None = None
+        self,
+        program: Program,
+        *arguments: str,
+        environment: Mapping[str, str],
+        stderr: IO[str] | None = None,
+        kept: Sequence[int] = (),
     ) -> Fork:
-        """Start a program in a session of its own, where this process is and with its output."""
+        """Start a program in a session of its own, where this process is and with its output.
+
+        kept: open files that it, and what it forks, is to have as long as it lives.
+        """
         request = json.dumps([program, arguments, dict(environment), str(Path.cwd())]).encode()
         sys.stdout.flush()
         sys.stderr.flush()
-        descriptors = [1, 2 if stderr is None else stderr.fileno()]
+        descriptors = [1, 2 if stderr is None else stderr.fileno(), *kept]
         try:
             with suppress(BlockingIOError):  # of an earlier fork, whose end an interrupt kept from being noticed
                 self.channel.recv(2**10, socket.MSG_DONTWAIT)
@@ -146,7 +156,7 @@ def shared(environment: Mapping[str, str]) -> dict[str, str]:
 def serve(channel: socket.socket, programs: Mapping[str, Callable[..., int]]) -> None:
     """Fork what is asked for, one after the other, until the dispatcher hangs up."""
     while True:
-        head, descriptors, _, _ = socket.recv_fds(channel, NUMBER.size, 2)
+        head, descriptors, _, _ = socket.recv_fds(channel, NUMBER.size, 2 + MOST_KEPT)
         if len(head) < NUMBER.size:
             return
         request = channel.recv(NUMBER.unpack(head)[0], socket.MSG_WAITALL)
@@ -168,9 +178,11 @@ def become(descriptors: list[int], environment: dict[str, str], folder: str, pro
     from launch.fork import run_to_end
 
     os.setsid()
-    for number, descriptor in enumerate(descriptors, 1):
+    output, kept = descriptors[:2], descriptors[2:]
+    for number, descriptor in enumerate(output, 1):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    alive.inherit(kept)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -16,7 +16,7 @@ WORDS = [*TINY, "strategy=single", "model.net.num_layers=1", "run_dir=run"]
 
 def files(run_dir: Path) -> dict[str, bytes]:
     """All that lies in a folder, but what claims it."""
-    paths = (path for path in sorted(run_dir.rglob("*")) if path.is_file() and path.name != ".claim")
+    paths = (path for path in sorted(run_dir.rglob("*")) if path.is_file() and path.name not in (".claim", ".alive"))
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in paths}
 
 
