@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from strategies.engines.checkpoint import Reader
 from strategies.engines.formats import described, read_pickled, read_whole, to_checkpoint, to_safetensors
 from strategies.engines.groups import put_back
 from strategies.engines.universal import fill, give_storage, to_universal
-from strategies.weights import Source, averages_of, check_weights, find_weights, renamed, weights_of
+from strategies.fitting import Rename, renamed, renamer
+from strategies.weights import Source, averages_of, check_weights, find_weights, weights_of
 
 SUFFIXES = {"safetensors": ".safetensors", "lightning": ".ckpt"}  # of the formats that are one file
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -60,7 +61,7 @@ def convert_to(
         check_weights(folder)
         if kind == "safetensors":
             found = averages_of(folder) if average else weights_of(folder)
-            to_safetensors(found, partial, renamer(rename), None if shard_gib is None else shard_gib * GIB)
+            to_safetensors(found, partial, by_prefix(rename), None if shard_gib is None else shard_gib * GIB)
             return
         trained = whole_checkpoint(folder, kind)
         trainer = trainer_at(trained, trust=trust)
@@ -69,7 +70,12 @@ def convert_to(
             return
         schedules = [plain(config.scheduler) for config in trainer.lr_scheduler_configs]
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
-        to_universal(trained, module, optimizer, (*schedules, None)[0], partial, renamer(rename))
+        to_universal(trained, module, optimizer, (*schedules, None)[0], partial, by_prefix(rename))
+
+
+def by_prefix(pairs: Sequence[str]) -> Rename:
+    """How the pairs of --rename rename."""
+    return renamer(pairs, "=", "--rename")
 
 
 def convert_from(source: Path, out: Path, *, rename: Sequence[str]) -> None:
@@ -77,7 +83,7 @@ def convert_from(source: Path, out: Path, *, rename: Sequence[str]) -> None:
     path = source.expanduser().resolve()
     if path.suffix in PICKLED and path.is_file():
         weights = read_pickled(path)
-        names = renamed(weights, renamer(rename))
+        names = renamed(weights, by_prefix(rename), "--rename")
         with making(out) as partial:
             tensors = described({new: weights[old] for new, old in names.items()})
             to_checkpoint(tensors, lambda new: weights[names[new]], partial)
@@ -88,7 +94,7 @@ def convert_from(source: Path, out: Path, *, rename: Sequence[str]) -> None:
     with making(out) as partial:
         check_weights(found)
         folder, manifest = weights_of(found)
-        names = renamed((name.removeprefix("weight/") for name in manifest.tensors), renamer(rename))
+        names = renamed((name.removeprefix("weight/") for name in manifest.tensors), by_prefix(rename), "--rename")
         tensors = {new: manifest.tensors[f"weight/{old}"] for new, old in names.items()}
         with Reader(folder, manifest) as reader:
             to_checkpoint(tensors, lambda new: read_whole(reader, f"weight/{names[new]}"), partial)
@@ -114,20 +120,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def renamer(pairs: Sequence[str]) -> Callable[[str], str]:
-    """A function that puts the first fitting prefix of `old=new` pairs in the place of the other."""
-    wrong = [pair for pair in pairs if pair.count("=") != 1 or pair == "="]
-    if wrong:
-        raise ConfigError(f"--rename={wrong[0]}: give old=new, two prefixes of names, of which one may be empty.")
-    prefixes = [tuple(pair.split("=")) for pair in pairs]
-
-    def rename(name: str) -> str:
-        fitting = [(old, new) for old, new in prefixes if name.startswith(old)]
-        return fitting[0][1] + name.removeprefix(fitting[0][0]) if fitting else name
-
-    return rename
 
 
 def whole_checkpoint(folder: Path, kind: str) -> Source:

@@ -99,7 +99,9 @@ def train_plainly(job: Job, model: LightningModule, guests: Sequence[pl.Callback
     materialize(model, torch.device("cpu"), config.seed)
     if config.weights is not None:
         held = [*model.named_parameters(), *persistent_buffers(model)]
-        StartingWeights(Path(config.weights), model).load(Held.whole(fqn, tensor, writes=True) for fqn, tensor in held)
+        StartingWeights(Path(config.weights), model, config.fitting).load(
+            Held.whole(fqn, tensor, writes=True) for fqn, tensor in held
+        )
     model.configure_model = lambda: None  # type: ignore[method-assign]  # it has been called
     draws, quiet = Draws(config.seed), WithoutDropout(model)
     callbacks: list[pl.Callback] = [*guests, draws, ClipsFused(), EvidenceRecorder(job.run_dir, PlainState(model))]

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from launch.callbacks import leaves_steps_alone
+from strategies.fitting import Fitting
 from strategies.spec import Precision
 from tracking.wandb_config import WandbConfig
 
@@ -125,6 +126,14 @@ class DebugConfig(Section):
     entries: PositiveInt = 2000  # collectives that a rank's flight recorder keeps
 
 
+WEIGHTS = ("weights", "weights_rename", "weights_ignore", "weights_may_lack")
+
+
+def of_model(key: str) -> AliasChoices:
+    """A key that the user finds among the model's, which is none of the LightningModule's constructor."""
+    return AliasChoices(AliasPath("model", key), key)
+
+
 class RunConfig(Section):
     """One run. Sections with a `_target_` are built by `build_spec` (strategy, data) or by the worker (model)."""
 
@@ -139,8 +148,11 @@ class RunConfig(Section):
     trainer: TrainerConfig
     strategy: dict[str, Any]
     model: dict[str, Any]
-    # What the model starts from. It is `model.weights` to the user, and no key of the LightningModule's constructor.
-    weights: str | None = Field(None, validation_alias=AliasChoices(AliasPath("model", "weights"), "weights"))
+    # What the model starts from.
+    weights: str | None = Field(None, validation_alias=of_model("weights"))
+    weights_rename: list[str] = Field([], validation_alias=of_model("weights_rename"))
+    weights_ignore: list[str] = Field([], validation_alias=of_model("weights_ignore"))
+    weights_may_lack: list[str] = Field([], validation_alias=of_model("weights_may_lack"))
     data: dict[str, Any]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
@@ -161,7 +173,12 @@ class RunConfig(Section):
     @field_validator("model")
     @classmethod
     def weights_are_apart(cls, section: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in section.items() if key != "weights"}
+        return {key: value for key, value in section.items() if key not in WEIGHTS}
+
+    @property
+    def fitting(self) -> Fitting:
+        """How `model.weights` are made to fit."""
+        return Fitting(self.weights_rename, self.weights_ignore, self.weights_may_lack)
 
     @field_validator("model", "optimizer")
     @classmethod

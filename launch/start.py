@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.schema import AUTO, ConfigError, RunConfig, build_spec
+from launch.schema import AUTO, WEIGHTS, ConfigError, RunConfig, build_spec
+from strategies.fitting import fitted
 from strategies.spec import Strategy
-from strategies.weights import check_weights, find_weights
+from strategies.weights import check_weights, find_weights, weights_of
 
 
 def check_one_start(config: RunConfig) -> None:
@@ -21,6 +22,9 @@ def check_one_start(config: RunConfig) -> None:
 def resolve_weights(config: RunConfig) -> RunConfig:
     """The config with the very file or folder that `model.weights` means; ConfigError if none is there, or whole."""
     if config.weights is None:
+        key = next((key for key in WEIGHTS[1:] if getattr(config, key)), None)
+        if key is not None:
+            raise ConfigError(f"model.{key}={getattr(config, key)}: there are no model.weights; leave it out.")
         return config
     strategy: Strategy = build_spec(config.strategy, "strategy", Strategy)
     if strategy.unsaved:
@@ -31,6 +35,7 @@ def resolve_weights(config: RunConfig) -> RunConfig:
     try:
         path = find_weights(Path(config.weights).expanduser().resolve())
         check_weights(path)
+        fitted(weights_of(path).manifest, config.fitting)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.weights={config.weights}: {error}") from None
     return config.model_copy(update={"weights": str(path)})

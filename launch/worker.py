@@ -285,7 +285,7 @@ def train_watched(
         if config.resume is not None:
             own.append(Restore(job))
         elif config.weights is not None:
-            own.append(StartingWeights(Path(config.weights), model))
+            own.append(StartingWeights(Path(config.weights), model, config.fitting))
         own += [validation, observer, Checkpoints(job, guests, start, watchdog.beat)]
         if config.resume is not None:
             own.append(Complete(meter))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,6 @@ from strategies.headers import read_header, read_json
 
 INDEX = "model.safetensors.index.json"  # as Hugging Face calls it
 INDEX_BYTES = 2**26  # a model of a million tensors has less
-
-
-Rename = Callable[[str], str]
 
 
 class Source(NamedTuple):
@@ -119,14 +115,3 @@ def indexed_files(index: Path) -> list[str]:
         return sorted({plain_name(str(file)) for file in places.values()})
     except ValueError as error:
         raise ValueError(f"{index} is damaged ({error}); choose another folder.") from None
-
-
-def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
-    """By its new name, each name; ValueError if two would become the same."""
-    result: dict[str, str] = {}
-    for name in names:
-        new = rename(name)
-        if new in result:
-            raise ValueError(f"--rename: {result[new]} and {name} would both be {new}; give other prefixes.")
-        result[new] = name
-    return result

@@ -8,7 +8,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from strategies.boxes import Box
 from strategies.checkpoint import MANIFEST, File, Manifest, Stored
 from strategies.engines.checkpoint import CODES, Held, Reader, write_tensors
+from strategies.fitting import Rename, globs_of, matches_any, prefixes_that_fit, renamed
 from strategies.headers import ITEM_BYTES, PAIRED
-from strategies.weights import INDEX, Rename, Source, manifest_of, renamed
+from strategies.weights import INDEX, Source, manifest_of
 
 # What torch.load says, by its kind, of a file that is no zip of a plain dict of tensors.
 UNREADABLE = (
@@ -36,36 +37,54 @@ def names_of(module: nn.Module) -> dict[str, list[str]]:
     return {fqns[0]: fqns for fqns in names.values()}
 
 
-def places(manifest: Manifest, module: nn.Module) -> dict[str, str]:
+def places(manifest: Manifest, module: nn.Module, may_lack: Sequence[str] = ()) -> dict[str, str]:
     """By the first FQN of each tensor of a module, the name of the same in a checkpoint's weights.
 
-    ValueError naming the first tensor that is missing, of another shape, or not the module's.
+    ValueError, with what to do, naming the first tensor that is missing (and matches none of the globs `may_lack`), of
+    another shape, or not the module's.
     """
     names, tensors = names_of(module), module.state_dict(keep_vars=True)
+    for glob in may_lack:
+        if not any(matches_any(name, [glob]) for fqns in names.values() for name in fqns):
+            raise ValueError(f"the model has no tensor {glob}, as model.weights_may_lack has it; correct that")
     found = {
         fqn: [f"weight/{name}" for name in fqns if f"weight/{name}" in manifest.tensors] for fqn, fqns in names.items()
     }
     shapes = {fqn: tuple(tensors[fqn].shape) for fqn in names}
-    missing = [fqn for fqn, known in found.items() if not known]
-    if missing:
-        raise ValueError(f"it has no {missing[0]} ({len(missing)} of the model's {len(names)} tensors are not there)")
-    wrong = [fqn for fqn in names if manifest.tensors[found[fqn][0]].shape != shapes[fqn]]
-    if wrong:
-        there = manifest.tensors[found[wrong[0]][0]].shape
-        raise ValueError(f"{wrong[0]} is of shape {there}, not {shapes[wrong[0]]} ({len(wrong)} differ)")
     extra = sorted(manifest.tensors.keys() - {f"weight/{name}" for fqns in names.values() for name in fqns})
+    extra = [name.removeprefix("weight/") for name in extra]
+    missing = [
+        fqn for fqn, known in found.items() if not known and not any(matches_any(name, may_lack) for name in names[fqn])
+    ]
+    if missing:
+        pair = prefixes_that_fit(extra, missing)
+        fix = f"set model.weights_rename=[{pair}]" if pair else f"set model.weights_may_lack={globs_of(missing)}"
+        raise ValueError(
+            f"it has no {missing[0]} ({len(missing)} of the model's {len(names)} tensors are not there); give weights "
+            f"of this model, or {fix}{'' if pair else ' if they are to keep their initial values'}"
+        )
+    wrong = [fqn for fqn in names if found[fqn] and manifest.tensors[found[fqn][0]].shape != shapes[fqn]]
+    if wrong:
+        there, globs = manifest.tensors[found[wrong[0]][0]].shape, globs_of(wrong)
+        raise ValueError(
+            f"{wrong[0]} is of shape {there}, not {shapes[wrong[0]]} ({len(wrong)} differ); give weights of this "
+            f"model, or set model.weights_ignore={globs} model.weights_may_lack={globs}"
+        )
     if extra:
-        first = extra[0].removeprefix("weight/")[:100]
-        raise ValueError(f"the model has no {first} ({len(extra)} of its {len(manifest.tensors)} tensors)")
-    return {fqn: known[0] for fqn, known in found.items()}
+        raise ValueError(
+            f"the model has no {extra[0][:100]} ({len(extra)} of its {len(manifest.tensors)} tensors); give weights of "
+            f"this model, or set model.weights_ignore={globs_of(extra)} to leave them out"
+        )
+    return {fqn: known[0] for fqn, known in found.items() if known}
 
 
 def load_weights(reader: Reader, held: Iterable[Held], place: Mapping[str, str]) -> None:
-    """Fill what this rank holds with its part of weights that lie at `place`."""
+    """Fill what this rank holds with its part of weights that lie at `place`; what has none stays as it is."""
     with torch.no_grad():
         for one in held:
             for box, part in zip(one.boxes, one.select(one.stepped), strict=True):
-                part.copy_(reader.read(place[one.name], box))
+                if one.name in place:
+                    part.copy_(reader.read(place[one.name], box))
 
 
 def read_whole(reader: Reader, name: str) -> Tensor:
@@ -75,7 +94,7 @@ def read_whole(reader: Reader, name: str) -> Tensor:
 def to_safetensors(source: Source, out: Path, rename: Rename, shard_bytes: float | None) -> None:
     """Write whole weights to one file, or to a folder of files of `shard_bytes` (or a tensor) at most, and an index."""
     with Reader(source.folder, source.manifest) as reader:
-        names = renamed((name.removeprefix("weight/") for name in source.manifest.tensors), rename)
+        names = renamed((name.removeprefix("weight/") for name in source.manifest.tensors), rename, "--rename")
         tensors = {new: source.manifest.tensors[f"weight/{old}"] for new, old in names.items()}
         strange = [name for name, stored in tensors.items() if stored.dtype in PAIRED]
         if strange:

@@ -14,7 +14,8 @@ from strategies.checkpoint import AVERAGE, Manifest
 from strategies.engines.checkpoint import Reader
 from strategies.engines.deepspeed import import_deepspeed
 from strategies.engines.formats import places, read_whole
-from strategies.weights import Rename, Source, only_weights
+from strategies.fitting import Rename
+from strategies.weights import Source, only_weights
 
 
 def give_storage(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from launch.weights import StartingWeights
 from launch.worker import build_model
 from strategies.checkpoint import checkpoints
 from strategies.engines.formats import described, to_checkpoint
+from strategies.fitting import renamer
 from strategies.weights import INDEX
 from tests.agreement.cases import Case
 from tests.agreement.grid_cases import GridCase
@@ -160,11 +161,89 @@ def test_start_is_part_of_what_a_run_is(config: RunConfig) -> None:
     build_model(other)
 
 
+def of_another_code(state: dict[str, Tensor], folder: Path) -> Path:
+    """Under the names of a compiled net in another module, without adapters and with a head of other classes."""
+    kept = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
+    others = {f"module._orig_mod.{name.removeprefix('net.')}": tensor for name, tensor in kept.items()}
+    return as_file({**others, "module._orig_mod.pooler.weight": torch.zeros(3)}, folder)
+
+
+FITS = [
+    "model.weights_rename=[module._orig_mod.:net.]",
+    "model.weights_ignore=[net.pooler.*]",
+    "model.weights_may_lack=[net.blocks.*.mlp.*]",
+]
+FITTED = ["fsdp", "zero3", "pipeline", "zero1", "tensor"]
+
+
+@pytest.mark.parametrize("strategy", in_tiers(FITTED, ["fsdp"]))
+def test_what_a_file_may_lack_keeps_its_initial_values(strategy: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = of_another_code(state, tmp_path)
+    words = [*STARTS[strategy].overrides, *STAYS]
+    drawn = train_case(words, tmp_path / "drawn")
+    evidence = train_case([*words, f"model.weights='{path}'", *FITS], tmp_path / "run")
+    log = (tmp_path / "run" / "rank0.log").read_text()
+    assert "26 of 38 tensors are from there; 12 keep their initial values (net.blocks.0.mlp.gate.weight, " in log
+    assert "; 1 there are left out (net.pooler.weight)\n" in log
+    for weights, initial in zip(evidence.weights, drawn.weights, strict=True):
+        for name, weight in weights.items():
+            assert np.array_equal(weight, initial[name] if ".mlp." in name else state[name].numpy()), name
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], r"set model.weights_rename=\[module._orig_mod.:net.\]\.$"),
+        (
+            FITS[:1],
+            r"set model.weights_may_lack=\[net.blocks.\*.mlp.gate.weight,.*\] if they are to keep their initial",
+        ),
+        ([FITS[0], FITS[2]], r"set model.weights_ignore=\[net.pooler.weight\] to leave them out\.$"),
+        (
+            [*FITS[:2], "model.weights_may_lack=[*.mlp.*,nothing]"],
+            "the model has no tensor nothing, as model.weights_may",
+        ),
+    ],
+)
+def test_key_that_would_make_them_fit_is_in_the_line(
+    words: list[str], told: str, state: dict[str, Tensor], config: RunConfig, tmp_path: Path
+) -> None:
+    path = of_another_code(state, tmp_path)
+    given = validate(compose([*SINGLE.overrides, f"model.weights='{path}'", *words, f"run_dir='{tmp_path}'"]))
+    with pytest.raises(ConfigError, match=told) as refusal:
+        StartingWeights(path, build_model(config), given.fitting)
+    assert "\n" not in str(refusal.value)
+
+
+def test_names_are_parts_that_stars_stand_for() -> None:
+    rename = renamer(["*.q.weight:net.*.q.base_layer.weight", "*_orig_mod.*:**", ":net."], ":", "any")
+    assert rename("layers.0.q.weight") == "net.layers.0.q.base_layer.weight"
+    assert rename("a._orig_mod.b") == "a.b"
+    assert rename("layers.0.norm.weight") == "net.layers.0.norm.weight"
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "nothing there": (["model.weights=nowhere"], "model.weights=nowhere: .*nowhere does not exist"),
     "pickle": (["model.weights={folder}/w.pt"], r"convert it first: python scripts/convert.py --from .*w\.pt"),
     "no weights": (["model.weights={folder}"], "has no checkpoint.json"),
     "going on, too": (["model.weights={folder}/w.pt", "resume=first"], "model.weights=.* and resume=first: .* leave"),
+    "no pair": (
+        ["model.weights={folder}/w.safetensors", "model.weights_rename=[net.]"],
+        "model.weights_rename=net.: give old:new",
+    ),
+    "as many stars": (
+        ["model.weights={folder}/w.safetensors", "model.weights_rename=[*.a:b]"],
+        "model.weights_rename=.*: give both sides as many stars",
+    ),
+    "renames nothing": (
+        ["model.weights={folder}/w.safetensors", "model.weights_rename=[other.:net.]"],
+        "model.weights_rename=other.:net.: no tensor there is called so",
+    ),
+    "ignores nothing": (
+        ["model.weights={folder}/w.safetensors", "model.weights_ignore=[other.*]"],
+        r"model.weights_ignore=other.\*: no tensor there is called so",
+    ),
+    "nothing to fit": (["model.weights_may_lack=[a]"], "model.weights_may_lack=.*: there are no model.weights"),
     "what lies on a disk": (
         ["model.weights=w", "strategy=zero3_nvme", "strategy.offload.nvme_path=."],
         "strategy=zero3_nvme has; choose strategy=zero3_offload",
@@ -175,6 +254,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize(("words", "told"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_read_is_refused_before_anything_starts(words: list[str], told: str, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "w.pt")
+    save_file({"net.a": torch.zeros(1)}, tmp_path / "w.safetensors")
     words = [word.format(folder=tmp_path) for word in words]
     with pytest.raises(ConfigError, match=told) as refusal:
         prepare(compose([*SINGLE.shared, *words, f"run_dir='{tmp_path}'"]))
@@ -231,8 +311,8 @@ def test_mistake_that_takes_torch_to_see_is_one_line_too(state: dict[str, Tensor
 def test_verify_starts_its_references_from_them_too(state: dict[str, Tensor], tmp_path: Path) -> None:
     from launch.verify import verify
 
-    path = as_file(state, tmp_path)
-    words = [*Case(strategy="ddp").net, "model.net.num_layers=4", "model.net.tie_embeddings=true"]
+    path = of_another_code(state, tmp_path)
+    words = [*FITS, *Case(strategy="ddp").net, "model.net.num_layers=4", "model.net.tie_embeddings=true"]
     words += [
         "data.global_batch_size=8",
         "data.micro_batch_size=4",
