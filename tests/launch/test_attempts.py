@@ -1,12 +1,16 @@
 """What becomes of an earlier attempt's files: a run that does not go on leaves them as they were."""
 
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from launch import alive
 from launch.attempts import earlier_status, number_attempt, pending, set_attempt_aside
 from launch.claim import claim_folder, recover_folder
+from launch.schema import ConfigError
 from tests.launch.command import TINY
 from tests.launch.warm import train
 from tracking.status import RunStatus, ended, read_status, running
@@ -116,3 +120,46 @@ def test_short_files_are_on_the_disk_before_they_have_their_name(
     monkeypatch.setattr(os, "fsync", fsync)
     running("any", "any").write(tmp_path)
     assert held == [(tmp_path / "status.json").read_text()]
+
+
+def dying(run_dir: Path, seconds: float) -> subprocess.Popen[bytes]:
+    """A process of an attempt whose dispatcher, this process, is gone by now."""
+    alive.take(run_dir)
+    process = subprocess.Popen(["sleep", str(seconds)], pass_fds=alive.files())
+    alive.give_up(run_dir)
+    return process
+
+
+def test_attempt_waits_for_what_the_one_before_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    left_by(tmp_path, "failed")
+    process, start = dying(tmp_path, 0.5), time.monotonic()
+    monkeypatch.setattr(alive, "QUIET_S", 0.1)
+    claim_folder(tmp_path, running("any", "any"), again=True)
+    assert time.monotonic() - start > 0.4
+    process.wait()
+    told = f"{tmp_path}: waiting for the end of process {process.pid} of an earlier attempt.\n"
+    assert capsys.readouterr().err == told
+
+
+def test_process_that_does_not_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_by(tmp_path, "failed")
+    before = files(tmp_path)
+    process = dying(tmp_path, 60)
+    monkeypatch.setattr(alive, "WAIT_S", 0.1)
+    with pytest.raises(ConfigError, match=f"process {process.pid} of an earlier attempt did not end in 0.1 s; end it"):
+        claim_folder(tmp_path, running("any", "any"), again=True)
+    assert files(tmp_path) == before
+    process.kill()
+    process.wait()
+
+
+def test_host_that_is_gone_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = left_by(tmp_path, "failed")
+    status.model_copy(update={"dispatcher": ("another", 1, 0.0)}).write(tmp_path)
+    process = dying(tmp_path, 60)
+    monkeypatch.setattr(alive, "WAIT_S", 0.1)
+    claim_folder(tmp_path, running("any", "any"), again=True)
+    process.kill()
+    process.wait()
