@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import open_dict
 from torch import nn
 
+from launch.schema import WEIGHTS
 from strategies.engines.extensions import ensure_built
 from tests.tiers import in_tiers
 
@@ -35,7 +36,8 @@ def model_on_meta(name: str, *overrides: str) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", [f"model={name}", f"data={data}", *overrides])
     with open_dict(config):
-        del config.model.weights  # Concord's own key, not the constructor's
+        for key in WEIGHTS:  # Concord's own, not the constructor's
+            del config.model[key]
     module = instantiate(config.model)
     module.configure_model()
     return module
