@@ -215,6 +215,22 @@ MUTANTS = (
         tests="tests/datamodules/test_loading.py -k sees_every_step",
     ),
     Mutant(
+        name="LeftOutStepAddedUp",
+        does="adds the gradients of a step that a module has left out to those of the next one",
+        file="strategies/engines/grid.py",
+        old="            self.forget_gradients()  # of a step",
+        new="            pass  # of a step",
+        tests="tests/strategies/test_hooks.py -k StepsEverySecond",
+    ),
+    Mutant(
+        name="StepsCounted",
+        does="counts a module's own optimizer steps for global batches",
+        file="models/steps.py",
+        old="    if module is None or module.automatic_optimization:\n",
+        new="    if True:\n",
+        tests="tests/strategies/test_manual.py -k counts",
+    ),
+    Mutant(
         name="StepSeenTwice",
         does="goes on with the samples of the step that lies behind a checkpoint",
         file="datamodules/loading.py",

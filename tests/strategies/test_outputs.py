@@ -46,6 +46,7 @@ def test_hooks_are_given_what_steps_return_as_in_one_process(strategy: str, tmp_
         assert found == [keys, pytest.approx(metrics, rel=1e-4)]
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # as Lightning says it, once
 def test_step_without_a_loss_is_left_out_as_by_plain_lightning(tmp_path: Path) -> None:
     case = own("output_models.ReturnsNone", strategy="single", world_size=1)
@@ -80,13 +81,8 @@ def test_what_is_no_loss_gets_one_line(name: str) -> None:
     assert str(refusal.value) == f"model: {name}.training_step (output_models.py:{line}) {REFUSED[name]}"
 
 
-@pytest.mark.parametrize(
-    ("name", "strategy"),
-    in_tiers(
-        [(n, s) for n in ("ReturnsNoLoss", "ReturnsNumber") for s in ("zero2", "pipeline")],
-        [("ReturnsNoLoss", "pipeline")],
-    ),
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "strategy"), [("ReturnsNoLoss", "pipeline"), ("ReturnsNumber", "zero2")])
 def test_it_is_told_by_the_rank_that_has_it(name: str, strategy: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
         train_case(own(f"output_models.{name}", strategy=strategy).overrides, tmp_path)
