@@ -17,7 +17,7 @@ class OwnAdamW(pl.LightningModule):
     """Makes its own optimizer, whatever the config says."""
 
     plan = ParallelPlan(stem=("0",), blocks=("1", "2"), head=("3",))
-    format = torch.float32  # of what the net takes
+    format: torch.dtype | None = None  # of what the net takes, where that is not what there is
 
     def __init__(self, **keys: Any) -> None:
         super().__init__()
@@ -29,7 +29,8 @@ class OwnAdamW(pl.LightningModule):
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         images, labels = batch
-        return cross_entropy(self.net(images.flatten(1).to(self.format)).float(), labels)
+        pixels = images.flatten(1)
+        return cross_entropy(self.net(pixels if self.format is None else pixels.to(self.format)).float(), labels)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.loss(batch)
