@@ -223,6 +223,7 @@ def says_so() -> pl.Callback:
     return LambdaCallback(on_fit_end=lambda trainer, module: print("fit is over"))
 
 
+@pytest.mark.full
 def test_wandb_is_there_on_every_rank(tmp_path: Path) -> None:
     job = job_of([*words_for("ddp", "own_models.Blocks"), "logger=wandb", "logger.mode=offline"], tmp_path)
     own, other = loggers(job, 0, "run"), loggers(job, 1, "run")
