@@ -7,6 +7,9 @@ srun, it becomes one of those processes.
 import os
 import sys
 
+from launch.installed import check_installed
+
+check_installed()
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to launch.entry, which prints one line
 
 import hydra

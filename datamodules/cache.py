@@ -12,6 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from datamodules.refused import RefusedError
+
 _INVENTORY = "inventory.json"
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def cached_folder(root: Path, key: str, build: Callable[[Path], None]) -> Path:
                 _LOG.info("Preparing the data in %s: once, later runs reuse it.", folder)
                 _rebuild(folder, build)
     except OSError as error:
-        raise ValueError(
+        raise RefusedError(
             f"data.cache_dir={str(root)!r} cannot be written ({error.strerror or error}); give a folder that can."
         ) from None
     return folder

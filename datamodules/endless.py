@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset, get_worker_info
 
+from datamodules.refused import RefusedError
+
 
 class Endless(IterableDataset[Any]):
     """The samples of an iterable data set, pass after pass: a batch goes on across the end of one."""
@@ -45,7 +47,7 @@ class Again:
     def check(self, batch: Any) -> None:
         rows = next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
         if rows not in (None, self.batch_size):
-            raise ValueError(
+            raise RefusedError(
                 f"data.micro_batch_size={self.batch_size}, but the training loader gives a batch of {rows} samples; "
                 f"set data.micro_batch_size={rows}, or have it give {self.batch_size} at a time, its last batch too."
             )
@@ -53,4 +55,4 @@ class Again:
 
 def check_some(is_empty: bool, source: object) -> None:
     if is_empty:
-        raise ValueError(f"data.module: {type(source).__name__} gives nothing to train on; give it some samples.")
+        raise RefusedError(f"data.module: {type(source).__name__} gives nothing to train on; give it some samples.")

@@ -12,6 +12,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from datamodules.order import Indices
+from datamodules.refused import RefusedError
 from datamodules.spec import FORBID_EXTRA, SampledData
 
 Pixels = NDArray[np.uint8]
@@ -87,7 +88,7 @@ class ImageData(SampledData):
         images_path, labels_path = (_find(folder, name) for name in _names(split))
         images, labels = read_idx(images_path, num_dims=3), read_idx(labels_path, num_dims=1)
         if len(images) != len(labels) or len(images) == 0:
-            raise ValueError(
+            raise RefusedError(
                 f"data.folder: {images_path} has {len(images)} images and {labels_path.name} {len(labels)} labels; "
                 "give files that belong together."
             )
@@ -98,14 +99,14 @@ class ImageData(SampledData):
     def _check_size(self, what: str, size: tuple[int, ...]) -> None:
         height, width = size
         if (height, width) != (self.image_size, self.image_size):
-            raise ValueError(
+            raise RefusedError(
                 f"data.image_size={self.image_size} does not fit {what}, whose images are {height}x{width}; "
                 + (f"set data.image_size={height}." if height == width else "give square images.")
             )
 
     def _check_classes(self, what: str, num_classes: int) -> None:
         if num_classes > self.num_classes:
-            raise ValueError(
+            raise RefusedError(
                 f"data.num_classes={self.num_classes} is too few for {what}; set data.num_classes={num_classes}."
             )
 
@@ -122,15 +123,15 @@ def read_idx(path: Path, *, num_dims: int) -> Pixels:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data.folder: {path} cannot be read ({error}); fetch it again.") from None
+        raise RefusedError(f"data.folder: {path} cannot be read ({error}); fetch it again.") from None
     magic, header_bytes = bytes([0, 0, _IDX_UNSIGNED_BYTE, num_dims]), 4 + 4 * num_dims
     if raw[:4] != magic:
-        raise ValueError(
+        raise RefusedError(
             f"data.folder: {path} starts with {raw[:4].hex()}, not with IDX's {magic.hex()}; fetch it again."
         )
     shape = [int.from_bytes(raw[start : start + 4], "big") for start in range(4, header_bytes, 4)]
     if len(raw) != header_bytes + prod(shape):
-        raise ValueError(
+        raise RefusedError(
             f"data.folder: {path} has {len(raw)} bytes where its header asks for {header_bytes + prod(shape)}; "
             "fetch it again."
         )
@@ -146,7 +147,9 @@ def _find(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise ValueError(f"data.folder={str(folder)!r} has no {name} nor {name}.gz; give a folder with MNIST's four files.")
+    raise RefusedError(
+        f"data.folder={str(folder)!r} has no {name} nor {name}.gz; give a folder with MNIST's four files."
+    )
 
 
 def _read_digits() -> tuple[Pixels, NDArray[np.int64]]:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.order import Indices, Order, Stream, evaluation_batches, evenly_spaced
+from datamodules.refused import RefusedError
 from datamodules.spec import Data, SampledData, Samples
 
 Batch = torch.Tensor | list[torch.Tensor]
@@ -71,7 +72,7 @@ def train_sampler(order: Stream, data: Data, trainer: Trainer) -> TrainSampler:
     data_rank, data_ranks = data_slice(trainer)
     per_pass = data.micro_batch_size * data_ranks
     if data.global_batch_size != per_pass * trainer.accumulate_grad_batches:
-        raise ValueError(
+        raise RefusedError(
             f"data.global_batch_size={data.global_batch_size} is not data.micro_batch_size="
             f"{data.micro_batch_size} x {data_ranks} data ranks x accumulate_grad_batches="
             f"{trainer.accumulate_grad_batches}; give a global batch that is."

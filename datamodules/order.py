@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.refused import RefusedError
+
 Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
@@ -163,7 +165,7 @@ def evaluation_batches(num_samples: int, micro_batch_size: int, data_rank: int, 
         ValueError: there are fewer samples than ranks.
     """
     if num_samples < data_ranks:
-        raise ValueError(
+        raise RefusedError(
             f"The validation split has {num_samples} samples for {data_ranks} data ranks; raise data.max_val_samples "
             f"or data.val_fraction, give more data, or use at most {num_samples} data ranks."
         )

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from pydantic import Field, PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
 
+from datamodules.refused import RefusedError
 from datamodules.spec import FORBID_EXTRA, Data
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class OwnData(Data):
     @classmethod
     def _has_target(cls, module: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(module.get("_target_"), str):
-            raise ValueError("data.module has no _target_; give data.module._target_=package.YourDataModule.")
+            raise RefusedError("data.module has no _target_; give data.module._target_=package.YourDataModule.")
         return module
 
     def prepare(self) -> None:
@@ -52,7 +53,15 @@ class OwnData(Data):
         try:
             module = instantiate(self.module)
         except InstantiationException as error:
-            raise ValueError(f"data.module: {str(error.__cause__ or error).splitlines()[0]}") from error.__cause__
+            cause: BaseException = error
+            while isinstance(cause, InstantiationException | ImportError) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            absent = isinstance(cause, ModuleNotFoundError) and str(self.module["_target_"]).startswith(
+                cause.name or ""
+            )
+            if isinstance(cause, InstantiationException) or absent:
+                raise RefusedError(f"data.module: {self.module['_target_']}: {str(cause).splitlines()[0]}") from None
+            raise cause from None  # of the user's own code: its type and line are told
         if not isinstance(module, LightningDataModule):
-            raise ValueError(f"data.module._target_={self.module['_target_']} is not a LightningDataModule.")
+            raise RefusedError(f"data.module._target_={self.module['_target_']} is not a LightningDataModule.")
         return arrange(module, self)

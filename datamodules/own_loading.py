@@ -24,6 +24,7 @@ from datamodules.order import Indices, Stream, evaluation_batches, evenly_spaced
 from datamodules.own import OwnData
 from datamodules.own_order import listed, stream_of
 from datamodules.placed import PlacedBatches, PlacedOnce, PlacedSampler, as_it_is, begin_own_worker
+from datamodules.refused import RefusedError
 
 # Where samples are evaluated in an order that changes nothing, they come as they lie.
 PLAIN = (SequentialSampler, RandomSampler, DistributedSampler)
@@ -48,7 +49,7 @@ def arrange(module: LightningDataModule, data: OwnData) -> LightningDataModule:
     """The user's module itself, whose loaders Lightning gets in Concord's order; all else of it stays as it is."""
     loaders = OwnLoaders(module, data)
     if not is_overridden("train_dataloader", module):
-        raise ValueError(f"data.module: {loaders.name} has no train_dataloader(); give it one.")
+        raise RefusedError(f"data.module: {loaders.name} has no train_dataloader(); give it one.")
     for hook, remake in (("train_dataloader", loaders.train), ("val_dataloader", loaders.val)):
         if is_overridden(hook, module):
             setattr(module, hook, remade_by(remake, getattr(module, hook)))
@@ -78,7 +79,7 @@ class OwnLoaders:
     def train(self, loader: Any) -> Any:
         """The training loader, in the order of the stream, or endless where it can only be read from its start."""
         if isinstance(loader, CombinedLoader | dict | list | tuple):
-            raise ValueError(
+            raise RefusedError(
                 f"data.module: {self.name}.train_dataloader() gives several loaders, of which there is no telling how "
                 f"many samples a step has; give one, over a data set that holds them all (ConcatDataset, or one of "
                 f"your own that joins them)."
@@ -93,7 +94,7 @@ class OwnLoaders:
     def in_order(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         data = self.data
         if loader.batch_sampler is None:
-            raise ValueError(
+            raise RefusedError(
                 f"data.module: the training loader of {self.name} has batch_size=None, so that its data set makes the "
                 f"batches; let it give samples, and the loader batch_size={data.micro_batch_size}."
             )
@@ -127,7 +128,7 @@ class OwnLoaders:
         size: int = getattr(loader.batch_sampler, "batch_size", None) or stated
         if size not in (stated, self.data.micro_batch_size):
             key = "loader_batch_size" if self.data.loader_batch_size else "micro_batch_size"
-            raise ValueError(
+            raise RefusedError(
                 f"data.{key}={stated}, but the training loader of {self.name} has batch_size={size}; set "
                 f"data.micro_batch_size={size} (and a data.global_batch_size that it divides), or give the loader "
                 f"batch_size={stated}."
@@ -180,7 +181,7 @@ class OwnLoaders:
         """ValueError where ranks would each read all of what only its own code can split."""
         _, data_ranks = data_slice(self.trainer)
         if data_ranks > 1 and not self.data.splits_itself:
-            raise ValueError(
+            raise RefusedError(
                 f"data.module: {type(source).__name__}, of {self.name}'s {purpose}, is read by its own code, and all "
                 f"{data_ranks} data ranks would read the same; have it give a rank its share by trainer.strategy."
                 f"distributed_sampler_kwargs and set data.splits_itself=true, or choose a data set with __getitem__."
@@ -190,7 +191,7 @@ class OwnLoaders:
         """ValueError on a rank that has other samples to choose from, or another order, than rank 0."""
         told = blake2b(repr(what).encode()).hexdigest()
         if self.trainer.strategy.broadcast(told) != told:
-            raise ValueError(
+            raise RefusedError(
                 f"data.module: {self.name}.{split}_dataloader() gives rank {self.trainer.global_rank} other samples, "
                 f"or another order, than rank 0; let what it draws follow from a seed, and not from the rank."
             )

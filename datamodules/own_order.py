@@ -14,6 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from datamodules.draws import Generators
 from datamodules.order import Indices, Order, Stream
+from datamodules.refused import RefusedError
 
 
 @final
@@ -71,7 +72,7 @@ class Drawn(Stream):
                 position += 1
                 yield index
             if position == began:
-                raise ValueError(f"data.module: {self._name} gives no sample in epoch {epoch}; give it some.")
+                raise RefusedError(f"data.module: {self._name} gives no sample in epoch {epoch}; give it some.")
             self._ends.append(position)
 
 
@@ -97,7 +98,7 @@ class Joined:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
             if len(batch) != self._size:
-                raise ValueError(
+                raise RefusedError(
                     f"data.module: {type(self._batches).__name__} gives a batch of {len(batch)} samples where others "
                     f"have {self._size}; have it leave out what does not fill one, or give a sampler in its place."
                 )
@@ -133,5 +134,5 @@ def is_plain(sampler: RandomSampler) -> bool:
 
 def some(num_samples: int) -> int:
     if num_samples == 0:
-        raise ValueError("data.module: the training set has no samples; give it some.")
+        raise RefusedError("data.module: the training set has no samples; give it some.")
     return num_samples

@@ -7,6 +7,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from datamodules.refused import RefusedError
+
 BUNDLED = Path(__file__).parent / "corpora" / "state_of_the_union.txt.gz"
 
 
@@ -26,7 +28,7 @@ def find_files(files: str | list[str] | None) -> list[Path]:
         matches = Path(absolute.anchor).glob(str(absolute.relative_to(absolute.anchor)))
         paths = {path for path in matches if not path.is_dir()}
         if not paths:
-            raise ValueError(
+            raise RefusedError(
                 f"data.files={pattern!r} matches no file; give a glob that matches, or leave it out for the bundled "
                 "corpus."
             )
@@ -60,7 +62,7 @@ def read_documents(path: Path) -> list[str]:
     documents = _json_texts(path, text) if file_format(path).startswith("jsonl") else text.split("\f")
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise ValueError(f"data.files: {path} is empty; remove it, or narrow the glob.")
+        raise RefusedError(f"data.files: {path} is empty; remove it, or narrow the glob.")
     return documents
 
 
@@ -71,11 +73,11 @@ def _read_text(path: Path) -> str:
         raise _unreadable(path, error) from None
     # UTF-16 and most binary formats hold NUL bytes; text never does, so a NUL can stand for "end of text".
     if b"\0" in raw:
-        raise ValueError(f"data.files: {path} holds NUL bytes, so it is not text; remove it, or narrow the glob.")
+        raise RefusedError(f"data.files: {path} holds NUL bytes, so it is not text; remove it, or narrow the glob.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise RefusedError(
             f"data.files: {path} is not UTF-8 text (byte {error.start}); convert it, or narrow the glob."
         ) from None
 
@@ -93,16 +95,16 @@ def _json_text(line: str, where: str) -> str:
     try:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg}); mend the line.") from None
+        raise RefusedError(f"{where} is not JSON ({error.msg}); mend the line.") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f'{where} has no string under the key "text"; give every line as {{"text": "..."}}.')
+        raise RefusedError(f'{where} has no string under the key "text"; give every line as {{"text": "..."}}.')
     # JSON's escapes can say what a text file cannot hold: NUL, and halves of surrogate pairs.
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{where} escapes a NUL or half a surrogate pair, so it is not text; mend the line.")
+        raise RefusedError(f"{where} escapes a NUL or half a surrogate pair, so it is not text; mend the line.")
     return text
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _unreadable(path: Path, error: Exception) -> RefusedError:
     cause = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return ValueError(f"data.files: {path} cannot be read ({cause}); mend or remove it, or narrow the glob.")
+    return RefusedError(f"data.files: {path} cannot be read ({cause}); mend or remove it, or narrow the glob.")

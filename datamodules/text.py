@@ -14,6 +14,7 @@ from datamodules.cache import cache_key, cache_root, cached_folder
 from datamodules.order import Indices
 from datamodules.packing import FORMAT_VERSION, open_tokenizer, pack, token_dtype, token_file
 from datamodules.reading import file_digest, file_format, find_files
+from datamodules.refused import RefusedError
 from datamodules.spec import FORBID_EXTRA, SampledData
 from datamodules.tokenizers import Tokenizer, check_vocab_size
 
@@ -82,7 +83,7 @@ class TextData(SampledData):
         dtype = token_dtype(self.vocab_size)
         num_tokens = path.stat().st_size // dtype.itemsize
         if num_tokens <= self.sequence_length:
-            raise ValueError(
+            raise RefusedError(
                 f"data.sequence_length={self.sequence_length} leaves no sample in the {split} split: it has "
                 f"{num_tokens} tokens and a sample takes {self.sequence_length + 1}; {fix}"
             )

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.refused import RefusedError
+
 # GPT-2's is 50,000 merges, 256 bytes and the end of text (Radford et al., "Language Models are Unsupervised Multitask
 # Learners", 2019); 8192 suits corpora of tens of megabytes and keeps the head of a small model small.
 DEFAULT_VOCAB_SIZES = {"bytes": 256, "bpe": 8192, "gpt2": 50257}
@@ -21,7 +23,7 @@ _GPT2_TIMEOUT_S = 10
 def vocab_size(tokenizer: str) -> int:
     """The vocabulary size of a tokenizer unless another one is asked for; ValueError for an unknown name."""
     if tokenizer not in DEFAULT_VOCAB_SIZES:
-        raise ValueError(f"data.tokenizer={tokenizer!r} is unknown; choose {', '.join(DEFAULT_VOCAB_SIZES)}.")
+        raise RefusedError(f"data.tokenizer={tokenizer!r} is unknown; choose {', '.join(DEFAULT_VOCAB_SIZES)}.")
     return DEFAULT_VOCAB_SIZES[tokenizer]
 
 
@@ -29,9 +31,11 @@ def check_vocab_size(tokenizer: str, size: int) -> None:
     """ValueError when `tokenizer` cannot have a vocabulary of `size`."""
     default = vocab_size(tokenizer)
     if tokenizer == "bpe" and size < _SMALLEST_BPE:
-        raise ValueError(f"data.vocab_size={size} is too small for data.tokenizer=bpe; give at least {_SMALLEST_BPE}.")
+        raise RefusedError(
+            f"data.vocab_size={size} is too small for data.tokenizer=bpe; give at least {_SMALLEST_BPE}."
+        )
     if tokenizer != "bpe" and size != default:
-        raise ValueError(
+        raise RefusedError(
             f"data.vocab_size={size} contradicts data.tokenizer={tokenizer}, which has {default}; leave it out, or "
             "choose data.tokenizer=bpe."
         )
@@ -134,7 +138,7 @@ def _fetch_gpt2() -> None:
     try:
         subprocess.run([sys.executable, "-c", fetch], timeout=_GPT2_TIMEOUT_S, check=True, capture_output=True)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        raise ValueError(
+        raise RefusedError(
             "data.tokenizer=gpt2 needs vocab.bpe and encoder.json, which tiktoken could not download; on a machine "
             f'that can, run `TIKTOKEN_CACHE_DIR=gpt2 python -c "{fetch}"`, copy the folder here and set '
             "TIKTOKEN_CACHE_DIR to it, or choose data.tokenizer=bpe."

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ from datamodules.order import evaluation_batches
 from datamodules.spec import SampledData
 from launch import alive, preflight
 from launch.attempts import earlier_status, earlier_tree, give_attempt_back, number_attempt, pending
+from launch.check import checked
 from launch.claim import claim_folder, recover_folder
 from launch.compose import REPOSITORY
-from launch.failure import first_failure, oom_kills
-from launch.job import Job, resolve
+from launch.failure import described, first_failure, is_worded, oom_kills
+from launch.job import Job
 from launch.lease import BEAT_S, beating
 from launch.lifeline import parented
 from launch.resume import check_resumed_data, resolve_resume
 from launch.schema import ConfigError, RunConfig, validate
-from launch.signals import TerminatedError, ask_to_end, asked_by, ended_path, last_word
-from launch.start import check_one_start, resolve_weights
+from launch.signals import TerminatedError, ask_to_end, asked_by, ended_path, last_word, way_on
+from launch.start import resolve_weights
+from launch.traces import in_sweep, leave_nothing, missing, remove_empty
 from launch.zygote import Fork, zygote_for
 from strategies.durable import write_whole
 from tracking.status import RunStatus, ended, running
@@ -39,8 +41,8 @@ LAUNCHER_VARIABLES = (
     "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS",
 )  # fmt: skip
 
-# An agent that is interrupted gets this long, in which it kills its ranks; a failed run is to be over within 30 s.
-SHUTDOWN_S = 10
+# An agent that is interrupted gets this long, in which it kills its ranks: Ctrl-C is to be answered within 3 s.
+SHUTDOWN_S = 2
 
 FULL_BYTES = 2**20  # less than this left is a full disk: logs and records no longer fit
 
@@ -59,32 +61,42 @@ def dispatch(run_dir: Path, name: str, make_tree: Callable[[], dict[str, Any]], 
     Never raises for a mistake of the user's or a failure of the run: both are in the returned status, and but for
     a folder that belongs to another run, in the run folder's status.json. Lets KeyboardInterrupt through.
     """
-    status = running(name, name, beat_s=BEAT_S)
+    status, made = running(name, name, beat_s=BEAT_S), missing(run_dir)
     try:
         if again and (done := complete(run_dir, make_tree)):
             return done
+        checked({**make_tree(), "run_dir": str(run_dir)})
+    except ConfigError as error:
+        return refuse_unclaimed(run_dir, status, error)
+    try:
         claim_folder(run_dir, status, again=again)
     except ConfigError as error:
         return ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
     try:
         with beating(run_dir, status):
-            return run_claimed(run_dir, status, make_tree)
+            final = run_claimed(run_dir, status, make_tree)
     finally:
         alive.give_up(run_dir)
+    if final.state == "refused":
+        remove_empty(made)
+    return final
 
 
 def run_claimed(run_dir: Path, status: RunStatus, make_tree: Callable[[], dict[str, Any]]) -> RunStatus:
     """Run a config in a folder that is this run's."""
     try:
-        job = prepare({**make_tree(), "run_dir": str(run_dir)})
-        final = run_agent(job, status)
+        tree = make_tree()
+        job = prepare({**tree, "run_dir": str(run_dir)})
+        final = run_agent(job, status, remarks(job, tree))
     except ConfigError as error:
         return refuse(run_dir, status, error)
     except KeyboardInterrupt as error:
         code = error.exit_code if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
-        word = str(error) or "interrupted by Ctrl-C"
+        word = str(error) or f"interrupted by Ctrl-C{way_on(run_dir)}"
         end_unbegun(run_dir, ended(status, "interrupted", error=word, exit_code=code))
-        raise
+        if isinstance(error, TerminatedError):
+            raise
+        raise KeyboardInterrupt(word) from None
     with suppress(OSError):  # on a full disk the line on the terminal and the exit code must do
         final.write(run_dir)
     return final
@@ -101,16 +113,30 @@ def complete(run_dir: Path, make_tree: Callable[[], dict[str, Any]]) -> RunStatu
     return status if same else None  # else there is more to do, or something to be refused
 
 
-def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
-    """Write down why a run did not start; its folder, which this process has claimed, is free for the corrected one.
+def refuse_unclaimed(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
+    """The status of a run that nothing was made for; of a sweep's job it is written down, for the table."""
+    final = ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
+    if in_sweep(run_dir) and not (run_dir / "status.json").exists():
+        with suppress(OSError):
+            run_dir.mkdir(exist_ok=True)
+            final.write(run_dir)
+    return final
 
-    If an earlier attempt has left something there, all of that is as it was, its status too.
+
+def refuse(run_dir: Path, status: RunStatus, error: ConfigError) -> RunStatus:
+    """Leave nothing in the folder of a run that did not start, which this process has claimed.
+
+    If an earlier attempt has left something there, all of that is as it was, its status too. A sweep's table says of
+    each job what became of it: there, why it did not start is written down.
     """
     final = ended(status, "refused", error=str(error), exit_code=EXIT_REFUSED)
     ranks = run_dir / "ranks"
     with suppress(OSError):  # not there yet; or ranks of another launcher have begun to write there
         ranks.rmdir()
-    end_unbegun(run_dir, final)
+    if pending(run_dir).exists() or in_sweep(run_dir):
+        end_unbegun(run_dir, final)
+    else:
+        leave_nothing(run_dir)
     return final
 
 
@@ -131,9 +157,7 @@ def prepare(
 
     World sizes are given by a rank of another launcher; of those, only the first is to `write` resolved.yaml.
     """
-    config = resolve(validate(tree), world_size, local_world_size)
-    check_one_start(config)
-    config = resolve_resume(config)
+    config = resolve_resume(checked(tree, world_size, local_world_size))
     if config.resume is None:
         config = resolve_weights(config)
     job = Job.of(config)
@@ -143,8 +167,8 @@ def prepare(
         job.data.prepare()
         check_validation(job)
         digest = job.data.digest() if isinstance(job.data, SampledData) else None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    except ValueError as error:  # data may be the user's own, too
+        raise ConfigError(str(error) if is_worded(error) else f"data: its code raised {described(error)}") from None
     except IndexError:  # what pathlib makes of a pattern such as /
         files = config.data.get("files")
         raise ConfigError(f"data.files={files} is no pattern of files; give one such as 'books/*.txt'.") from None
@@ -176,9 +200,9 @@ def load_resolved(run_dir: Path) -> RunConfig:
     return validate(yaml.safe_load((run_dir / "resolved.yaml").read_text()))
 
 
-def run_agent(job: Job, status: RunStatus) -> RunStatus:
+def run_agent(job: Job, status: RunStatus, remarks: str = "") -> RunStatus:
     """Start torchrun's agent for the job, wait for it, and name the cause if it failed."""
-    print(headline(job), flush=True)
+    print(headline(job) + remarks, flush=True)
     oom_kills_before = oom_kills()
     variables = environment(job.config)
     start = "fork" if job.config.launcher.accelerator == "cpu" else "exec"  # CUDA does not survive a fork
@@ -237,6 +261,17 @@ def headline(job: Job) -> str:
         f"{config.name}: {config.choices.get('model')} on {job.world_size} {devices} "
         f"({job.mesh.text}), {config.precision.name}, accumulation {job.accumulation}, in {job.run_dir}{untested}"
     )
+
+
+def remarks(job: Job, tree: Mapping[str, Any]) -> str:
+    """What of the config has no effect, or less than may be thought; for the end of the headline."""
+    told, asked = "", tree["launcher"]["devices"]
+    if isinstance(asked, int) and asked > job.world_size:
+        told += f"; of launcher.devices={asked}, strategy={job.strategy.name} uses {job.world_size}"
+    warmup, steps = job.config.scheduler.get("warmup_steps"), job.config.trainer.max_steps
+    if isinstance(warmup, int) and warmup >= steps:
+        told += f"; scheduler.warmup_steps={warmup} do not end before trainer.max_steps={steps}"
+    return told
 
 
 def environment(config: RunConfig) -> dict[str, str]:

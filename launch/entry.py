@@ -1,6 +1,7 @@
 """What `python train.py` does around Hydra: one line for a mistake, one exit code, one table after a sweep."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -9,18 +10,19 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from launch.attempts import earlier_status, earlier_trees
-from launch.compose import quoted, spelled, tree_of
+from launch.compose import tree_of
 from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch
 from launch.schema import AUTO, ConfigError
 from launch.search import found_best
 from launch.signals import TerminatedError, end_on_signals
 from launch.sweep import SweepTable, print_sweep
+from launch.traces import remove_empty
+from launch.typed import quoted, read_words
+from launch.wording import MISTAKES, one_line
 from tracking.curve import losses_of, time_to
 from tracking.report import print_runs
 from tracking.sources import Run, read_run
@@ -110,14 +112,15 @@ def objective(run: Run, name: str, loss: float | None) -> float:
 
 def resumed_argv(argv: list[str]) -> list[str]:
     """`resume_sweep=<folder>` replaced by the overrides that the sweep in that folder was started with."""
-    folders = [word.partition("=")[2] for word in argv[1:] if word.startswith("resume_sweep=")]
-    if not folders:
+    words = [word for word in argv[1:] if word.startswith("resume_sweep=")]
+    if not words:
         return argv
-    sweep_dir = Path(folders[0]).expanduser().resolve()
+    folder = words[0].partition("=")[2].strip("'")
+    sweep_dir = Path(folder).expanduser().resolve()
     settings = sweep_dir / "multirun.yaml"
     if not settings.exists():
-        raise ConfigError(f"resume_sweep={folders[0]} is not the folder of a sweep (no multirun.yaml in it).")
-    if len(argv) > 2 and set(argv[1:]) - {"-m", "--multirun", f"resume_sweep={folders[0]}"}:
+        raise ConfigError(f"resume_sweep={folder} is not the folder of a sweep (no multirun.yaml in it).")
+    if set(argv[1:]) - {"-m", "--multirun", words[0]}:
         raise ConfigError("resume_sweep takes the sweep's own overrides and no others; leave the others out.")
     overrides = yaml.safe_load(settings.read_text())["hydra"]["overrides"]
     hydra_overrides = [word for word in overrides["hydra"] if not word.startswith(("hydra.sweep.dir=", "hydra.mode="))]
@@ -136,13 +139,18 @@ def run_application(application: Callable[[], None]) -> int:
     end_on_signals()
     interrupted = refused = 0
     try:
-        sys.argv = spelled(resumed_argv(sys.argv))
+        sys.argv = resumed_argv([sys.argv[0], *read_words(sys.argv[1:])])
         application()
     except KeyboardInterrupt as error:
         interrupted = say_interrupted(error)
-    except (ValueError, HydraException, OmegaConfBaseException, OSError) as error:
+    except BrokenPipeError:  # `--help | head`: who reads has read enough
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # what is left is not written at exit either
+        return 0
+    except MISTAKES as error:
         print(one_line(error), file=sys.stderr)
         refused = EXIT_REFUSED
+    if EXIT_REFUSED in (refused, *exit_codes):
+        remove_empty(SweepTable.made)
     folder = SweepTable.folder
     if folder is None or not folder.is_dir() or (refused and not exit_codes):  # else there is a sweep to be told of
         return interrupted or refused or max(exit_codes, default=0)
@@ -167,25 +175,3 @@ def tell_sweep(folder: Path) -> int:
     if has_best is not None:
         return 0 if has_best else EXIT_FAILED
     return EXIT_FAILED if failed or any(exit_codes) else 0
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message with the parts that Hydra and OmegaConf put on lines of their own, on one line."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    if isinstance(error, OSError) and not isinstance(error, HydraException):  # MissingConfigException is both
-        if error.filename is None:
-            return str(error)
-        return f"{error.filename} cannot be written: {error.strerror}; choose another run_dir (or hydra.sweep.dir)."
-    words = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
-    lines = [line.strip() for word in words for line in word.splitlines()]
-    noise = (
-        "full_key:",
-        "object_type=",
-        "reference_type=",
-        "To append to your",
-        "See https",
-        "Config search path",
-        "provider=",
-    )
-    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))

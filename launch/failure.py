@@ -1,8 +1,10 @@
 """Why a run failed: the rank and the cause that came first, read from what the ranks and the agent left behind."""
 
+import errno
 import json
 import re
 import signal
+import sysconfig
 import time
 import traceback
 from collections.abc import Sequence
@@ -10,8 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.refused import RefusedError as DataRefusedError
 from launch.hang import judge
 from launch.output import log_path
+from models.refused import RefusedError as ModelRefusedError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OUR_ROOMS = tuple(REPOSITORY / room for room in ("strategies", "launch", "tracking"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +45,53 @@ def record_error(run_dir: Path, rank: int, error: BaseException) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    origin = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
-    message = (str(error).strip() or "no message").splitlines()[0]
-    where = f" ({Path(origin[0].filename).name}:{origin[0].lineno})" if origin else ""
+    cause = f"raised {described(error)}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cause = (
+            f"could not write {error.filename or 'its files'}: {error.strerror}; free some space, then go on by resume"
+        )
     word = {
         "time": time.time(),
-        "message": message,
-        "cause": f"raised {type(error).__name__}: {message}{where}",
-        "user_error": isinstance(error, ValueError) and is_ours(origin),
+        "message": first_words(error),
+        "cause": cause,
+        "user_error": is_worded(error),
     }
     path.write_text(json.dumps(word))
 
 
-def is_ours(origin: list[traceback.FrameSummary]) -> bool:
-    """Whether an exception was raised by this repository's own code, which words its ValueErrors for users."""
-    repository = Path(__file__).resolve().parents[1]
-    return bool(origin) and Path(origin[0].filename).is_relative_to(repository) and ".venv" not in origin[0].filename
+def first_words(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def described(error: BaseException) -> str:
+    """What was raised, what it says, and where: the last line that is not a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not is_library(frame.filename)]
+    where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in (own or frames)[-1:])
+    return f"{type(error).__name__}: {first_words(error)}{where}"
+
+
+def is_library(path: str) -> bool:
+    """Whether a file is of Python's or of an installed package, and none that a user would mend."""
+    return any(Path(path).is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "purelib")) or "<" in path
+
+
+def raised_inside(error: BaseException) -> bool:
+    """Whether it was raised by what was called, and not by the call, as for arguments that it does not take."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return not any(Path(frame.filename).parts[-3:-1] == ("_internal", "instantiate") for frame in last)
+
+
+def is_worded(error: BaseException) -> bool:
+    """Whether an exception's message is for users as it stands.
+
+    In models/ and datamodules/, where users' own files lie, that is so of a RefusedError alone; what runs them words
+    each ValueError that it raises.
+    """
+    if isinstance(error, ModelRefusedError | DataRefusedError):
+        return True
+    origin = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[-1:]]
+    return isinstance(error, ValueError) and any(path.is_relative_to(room) for path in origin for room in OUR_ROOMS)
 
 
 def oom_kills() -> int:

@@ -1,11 +1,13 @@
 """What this machine offers, found without torch: GPUs by nvidia-smi."""
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distribution, version
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,33 @@ def gpus() -> tuple[Gpu, ...]:
     if answer.returncode != 0:  # a driver without a device says so through its exit code
         return ()
     return visible(parse(answer.stdout), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+# The least driver for which a wheel of a CUDA major version runs (NVIDIA, CUDA Toolkit release notes, table
+# "CUDA Toolkit and minimum required driver version for CUDA minor version compatibility").
+LEAST_DRIVERS = {11: 450, 12: 525, 13: 580}
+
+
+def check_driver() -> None:
+    """ValueError if the driver is older than what the installed torch was built for."""
+    cuda = re.search(r"cuda[^=]*= *'(\d+)[.\d]*'", (find_torch() / "version.py").read_text())
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # it has not said
+        return
+    driver = re.match(r"(\d+)[.\d]*", answer.stdout.strip())
+    least = LEAST_DRIVERS.get(int(cuda[1])) if cuda else None
+    if driver and least and cuda and int(driver[1]) < least:
+        raise ValueError(
+            f"launcher.accelerator=gpu: the driver is {driver[0]}, and torch {version('torch')} is built for CUDA "
+            f"{cuda[1]}, which needs {least} or newer; update the driver, or set launcher.accelerator=cpu."
+        )
+
+
+def find_torch() -> Path:
+    """Where torch is installed, without importing it."""
+    return Path(str(distribution("torch").locate_file("torch")))
 
 
 def parse(answer: str) -> tuple[Gpu, ...]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 from datamodules.spec import Data
 from launch.callbacks import check_callbacks
-from launch.hardware import gpus
+from launch.hardware import check_driver, gpus
 from launch.schema import AUTO, ConfigError, RunConfig, build_spec
 from strategies.spec import Mesh, Run, Strategy
 from tracking.record import usable_cores
+from tracking.steps import check_untraced, traced_steps
 
 if TYPE_CHECKING:
     from models.stats import ModelStats
@@ -99,11 +100,19 @@ def resolve(config: RunConfig, world_size: int | None = None, local_world_size: 
             f"strategy.mesh={mesh.text} takes {mesh.world_size} ranks, but the launcher started {world_size}; "
             f"start {mesh.world_size}, or change strategy.mesh."
         )
+    if accelerator == "gpu":
+        try:
+            check_driver()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     check_precision(config, accelerator)
     check_vocabulary(config)
     check_optimizer(config, accelerator)
     check_checkpoint(config, strategy)
-    check_looks(config, accelerator, mesh.world_size)
+    try:
+        check_looks(config, accelerator, mesh.world_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     threads = config.launcher.threads_per_rank
     if threads == "auto":
         threads = max(1, usable_cores() // (local_world_size or mesh.world_size))
@@ -238,6 +247,9 @@ def check_looks(config: RunConfig, accelerator: str, world_size: int) -> None:
             f"{config.trainer.max_steps}; set profile.first_step={max(2, config.trainer.max_steps - profile.steps + 1)}"
             f" or lower, or profile.steps=1."
         )
+    if config.resume is None and not config.evidence:  # else the step that it goes on from decides
+        last, traced = config.trainer.max_steps, config.trainer.trace_steps
+        check_untraced(profile.disturbed, traced_steps(1, last, traced), last)
 
 
 def check_checkpoint(config: RunConfig, strategy: Strategy) -> None:

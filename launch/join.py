@@ -10,17 +10,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.errors import HydraException
-
 from launch import alive
+from launch.check import checked
 from launch.claim import claim_folder
-from launch.compose import compose, quoted
+from launch.compose import compose
 from launch.dispatch import EXIT_FAILED, EXIT_REFUSED, load_resolved, prepare, refuse
-from launch.entry import one_line
 from launch.job import Job
 from launch.lease import BEAT_S, LEASE_S, beating
 from launch.schema import AUTO, ConfigError
 from launch.signals import last_word, remember_signals
+from launch.typed import quoted, read_words
+from launch.wording import MISTAKES, one_line
 from launch.zygote import end_zygote
 from tracking.status import RunStatus, ended, running
 
@@ -106,10 +106,11 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
     try:
         if any(word.startswith("-") for word in overrides):
             raise ConfigError(f"Under {launcher.name}, train.py is one rank of one run: it takes overrides, no flags.")
-        tree = compose(overrides)
+        tree = compose(read_words(overrides, {}))
         if tree.get("hparams") is not None:
             raise ConfigError(f"Under {launcher.name}, train.py is one rank of one run; hparams= searches by several.")
         run_dir, again = Path(str(tree["run_dir"])).resolve(), tree["resume"] == AUTO
+        checked({**tree, "run_dir": str(run_dir)}, launcher.world_size, launcher.local_world_size)
         status = running(str(tree["name"]), str(tree["name"]), beat_s=BEAT_S)
         if launcher.rank == 0:
             claim_folder(run_dir, status, again=again, is_over=restarts(run_dir, launcher))
@@ -117,7 +118,7 @@ def join(launcher: OuterLauncher, overrides: list[str]) -> int:
         else:
             wait_for_claim(run_dir, launcher, CLAIM_TIMEOUT_S + (LEASE_S + alive.WAIT_S if again else 0))
             alive.join(run_dir)
-    except (ConfigError, HydraException) as error:
+    except MISTAKES as error:
         return refused(error)
     with beating(run_dir, status) if launcher.rank == 0 else nullcontext():
         return run_claimed(launcher, run_dir, {**tree, "run_dir": str(run_dir)}, status)

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.utils import instantiate
+
 from datamodules.spec import SampledData
+from launch.failure import described, first_words, is_worded
 from launch.job import Job, run_of
 from launch.schema import ConfigError, RunConfig, validate
 from launch.zygote import zygote_for
@@ -53,13 +55,9 @@ def main(config_json: str) -> int:
     """Check the model of a resolved config, in a process that may import torch; an error's last line says why not."""
     try:
         check(Job.of(validate(json.loads(config_json))))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
     except Exception as error:  # noqa: BLE001  # the model is the user's own code
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(last.filename).name}:{last.lineno}"
-        print(f"model: its code raised {type(error).__name__}: {error} ({place})".splitlines()[0], file=sys.stderr)
+        line = first_words(error) if is_worded(error) else f"model: its code raised {described(error)}"
+        print(line, file=sys.stderr)
         return 1
     return 0
 
@@ -80,6 +78,7 @@ def check(job: Job) -> None:
     with constructing(model):
         model.configure_model()
     check_step(model)
+    check_start(config, model)
     check_plan(job, model)
     check_manual(job, model)
     strategy.check_module(model, run_of(config, job.data, config.launcher.accelerator))
@@ -100,6 +99,22 @@ def check_step(model: LightningModule) -> None:
                 f"model: {type(model).__name__}.{step} takes dataloader_iter, and here steps are given one batch at a "
                 f"time; let it take (batch, batch_idx)."
             )
+
+
+def check_start(config: RunConfig, model: LightningModule) -> None:
+    """ValueError if what the run starts from has other weights than the model."""
+    if config.resume is not None:
+        from strategies.engines.formats import check_shapes
+
+        check_shapes(Path(config.resume), model)
+        if "optimizer" in config.model and str(config.optimizer.get("_target_")).startswith("torch.optim."):
+            from strategies.engines.checkpoint import check_kind
+
+            check_kind(Path(config.resume), instantiate(config.optimizer, _convert_="all"))
+    elif config.weights is not None:
+        from launch.weights import StartingWeights
+
+        StartingWeights(Path(config.weights), model)
 
 
 def check_plan(job: Job, model: LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ TRAINED = ("model", "data")  # sections that decide what is trained on what
 STEPPED = ("model.optimizer.", "model.scheduler.")  # how it is trained may change on the way
 DIGEST = "data.digest"
 SEEN = {"data.samples", "data.order"}  # of data of the user's own, which only a rank can look at
+# Sizes of a net: with another one there are other weights, so that nothing can be gone on with.
+SHAPING = re.compile(r"^model\.(.*\.)?(num_\w+|\w*(size|length|width|depth|dim|dims|features|channels|classes|rank))$")
 # Keys that change no training sample and no weight.
 FREE = {
     "model.net.loss_chunk_tokens",
@@ -52,7 +55,23 @@ def resolve_resume(config: RunConfig) -> RunConfig:
         )
     else:
         folder = whole(config.resume)
-    manifest = Manifest.read(folder)
+    check_manifest(Manifest.read(folder), folder, config)
+    return config.model_copy(update={"resume": str(folder)})
+
+
+def check_resume(config: RunConfig) -> None:
+    """ConfigError if there is no checkpoint that `resume` may mean, or one of another run; reads checkpoint.json."""
+    assert config.resume is not None
+    folder = find(config.resume)
+    try:
+        manifest = Manifest.read(folder)
+    except ValueError:  # it is damaged: `whole` says more of it
+        return
+    check_manifest(manifest, folder, config)
+
+
+def check_manifest(manifest: Manifest, folder: Path, config: RunConfig) -> None:
+    """ConfigError if a checkpoint is not one from which this run can go on."""
     check_same(manifest, config)
     if manifest.step > config.trainer.max_steps or (
         manifest.step == config.trainer.max_steps and config.resume != AUTO  # what else there is to do is done again
@@ -61,7 +80,6 @@ def resolve_resume(config: RunConfig) -> RunConfig:
             f"trainer.max_steps={config.trainer.max_steps}, but resume={folder} lies behind {manifest.step} steps; "
             f"raise trainer.max_steps."
         )
-    return config.model_copy(update={"resume": str(folder)})
 
 
 def newest_own(run_dir: Path) -> Path | None:
@@ -134,7 +152,7 @@ def find(resume: str) -> Path:
         for folder in (path, path.with_name(path.name + REPLACED)):
             if (folder / MANIFEST).is_file():
                 return folder
-        found = newest(path)
+        found = newest(path) or (newest(path.parent) if path.name == "checkpoints" else None)
     except OSError as error:
         raise ConfigError(f"resume={resume}: {error.filename} cannot be read ({error.strerror}); mend that.") from None
     if found is None:
@@ -160,24 +178,32 @@ def check_resumed_data(config: RunConfig) -> None:
 def check_same(manifest: Manifest, config: RunConfig) -> None:
     before, now = manifest.trained, json.loads(json.dumps(trained(config)))  # in the types that JSON has
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    refuse(manifest, now, [key for key in differing if key not in {DIGEST, *SEEN, *FREE, *config.resume_despite}])
+    differing = [key for key in differing if key not in {DIGEST, *SEEN, *FREE, *config.resume_despite}]
+    refuse(manifest, now, differing, config)
 
 
 def check_seen(manifest: Manifest, seen: dict[str, Any], config: RunConfig) -> None:
     """As `check_same`, of what a rank has found out about the data."""
     known = sorted(SEEN & (manifest.trained.keys() | seen.keys()) - set(config.resume_despite))
-    refuse(manifest, seen, [key for key in known if manifest.trained.get(key) != seen.get(key)])
+    refuse(manifest, seen, [key for key in known if manifest.trained.get(key) != seen.get(key)], config)
 
 
-def refuse(manifest: Manifest, now: dict[str, Any], differing: list[str]) -> None:
+def refuse(manifest: Manifest, now: dict[str, Any], differing: list[str], config: RunConfig) -> None:
     before = manifest.trained
-    if differing:
-        key = differing[0]
-        more = f" (and {', '.join(differing[1:])} differ)" if differing[1:] else ""
-        raise ConfigError(
-            f"{key}={now.get(key)}, but the checkpoint was written with {key}={before.get(key)}{more}; give the same, "
-            f"or resume_despite=[{','.join(differing)}]."
-        )
+    if not differing:
+        return
+    sizes = [key for key in differing if SHAPING.search(key)]
+    others = [key for key in differing if key not in sizes]
+    key = (sizes or others)[0]
+    rest = [one for one in differing if one != key]
+    more = f" (and {', '.join(rest)} differ)" if rest else ""
+    said = f"{key}={now.get(key)}, but the checkpoint was written with {key}={before.get(key)}{more}; give the same"
+    despite = f"resume_despite=[{','.join([*config.resume_despite, *others])}]"
+    if sizes and others:
+        raise ConfigError(f"{said} {', '.join(sizes)}, by which weights have their shapes; the others may, {despite}.")
+    if sizes:
+        raise ConfigError(f"{said}: by {', '.join(sizes)} weights have their shapes, which cannot differ.")
+    raise ConfigError(f"{said}, or {despite}.")
 
 
 def trained(config: RunConfig) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from launch.callbacks import leaves_steps_alone
+from launch.keys import did_you_mean
+from models.refused import RefusedError
 from strategies.fitting import Fitting
 from strategies.spec import Precision
 from tracking.wandb_config import WandbConfig
@@ -51,7 +53,16 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 
-class ConfigError(ValueError):
+# What is meant by a number that is not allowed.
+ADVICE = {
+    "trainer.clip_norm": "no gradient would be left; give a number greater than 0, or null to clip none.",
+    "trainer.val_every_steps": "give a number greater than 0, or null to validate at the end alone.",
+    "checkpoint.every_steps": "give a number greater than 0, or null to save none on the way.",
+    "checkpoint.every_minutes": "give a number greater than 0, or null to save none on the way.",
+}
+
+
+class ConfigError(RefusedError):
     """A mistake in what the user asked for: one line that names key, value and fix."""
 
 
@@ -195,6 +206,9 @@ class RunConfig(Section):
     @classmethod
     def rates_are_in_range(cls, section: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         """Numbers of torch's optimizers and our schedules, by their names: their classes need torch too."""
+        betas = section.get("betas")
+        if betas is not None and not are_betas(betas):
+            raise ValueError(f"{info.field_name}.betas: must be two numbers in [0, 1), as [0.9, 0.95] (got {betas!r}).")
         for key, value in section.items():
             if key in RANGES and value is not None and not in_range(key, value):
                 low, high, counts = RANGES[key]
@@ -232,6 +246,12 @@ def in_range(key: str, value: object) -> bool:
     return low <= value < high
 
 
+def are_betas(value: object) -> bool:
+    """Whether it is what Adam and its kin decay by: some have a third."""
+    numbers = list(value) if isinstance(value, list | tuple) else []
+    return len(numbers) in (2, 3) and all(in_range("momentum", number) for number in numbers)
+
+
 def leaves(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """(dotted key, value) of every leaf of a nested mapping."""
     found: list[tuple[str, Any]] = []
@@ -263,11 +283,13 @@ def first_line(error: ValidationError, prefix: str = "") -> str:
     key = ".".join(part for part in (prefix, key_of(first)) if part)
     match first["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"{key}={first['input']}: there is no such key; leave it out or correct its name."
+            return f"{key}={first['input']}: there is no such key{did_you_mean(key)}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{key} is missing; give it a value."
         case "value_error":
             return first["msg"].removeprefix("Value error, ")
+    if key in ADVICE and first["type"] == "greater_than":
+        return f"{key}={first['input']!r}: {ADVICE[key]}"
     wanted = dict.fromkeys(entry["msg"] for entry in error.errors() if key_of(entry) == key_of(first))
     return f"{key}: {' or '.join(wanted)} (got {first['input']!r})."
 

@@ -20,7 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from pydantic import ValidationError
 
+from launch.check import checked
+from launch.compose import tree_of
 from launch.schema import ConfigError, HparamsConfig, ObjectiveConfig, first_line
+from launch.wording import MISTAKES, one_line
 from tracking.record import RunRecord
 
 if TYPE_CHECKING:
@@ -43,10 +46,15 @@ class Search(Sweeper):
         # Not at the top: Hydra executes this module once more when it looks for plugins.
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-        self.every_combination: Sweeper = BasicSweeper(max_batch_size, params)
+        class Checked(BasicSweeper):
+            def validate_batch_is_legal(self, batch: Any) -> None:
+                """They have been composed, and more, before there was a folder."""
+
+        self.every_combination: Sweeper = Checked(max_batch_size, params)
+        self.combinations = BasicSweeper.split_arguments
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.settings = config
+        self.settings, self.loader = config, hydra_context.config_loader
         self.every_combination.setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.runs: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -55,6 +63,8 @@ class Search(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         if self.settings.get("hparams") is None:
             check_discrete(arguments)
+            parsed = OverridesParser.create(self.loader).parse_overrides(list(arguments))
+            self.check_jobs([job for batch in self.combinations(parsed, None) for job in batch], parsed)
             return self.every_combination.sweep(arguments)
         wanted = section(self.settings, "hparams", HparamsConfig)
         objective = section(self.settings, "objective", ObjectiveConfig)
@@ -65,9 +75,11 @@ class Search(Sweeper):
                 "optimizer.lr='interval(1e-4, 1e-2)'."
             )
         check_used(space, self.settings)
+        resumed = self.settings.resume_sweep is not None
+        if not resumed:
+            self.check_first(fixed, space)
         sweep_dir = Path(self.settings.hydra.sweep.dir)
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        resumed = self.settings.resume_sweep is not None
         if not resumed and (sweep_dir / STUDY).exists():
             raise ConfigError(
                 f"hydra.sweep.dir={sweep_dir} already holds a search; choose another, or go on with that one by "
@@ -77,6 +89,44 @@ class Search(Sweeper):
         return self.search(
             open_study(sweep_dir, wanted.sampler, self.settings.seed), wanted.trials, objective, fixed, space
         )
+
+    def check_jobs(self, jobs: Sequence[Sequence[str]], parsed: Sequence[Override]) -> None:
+        """ConfigError for the first job that cannot go, before there is a folder, and before the first one starts.
+
+        Of a sweep that is resumed, each is checked when it is its turn: some have completed, whatever is so today.
+        """
+        if self.settings.resume_sweep is not None:
+            return
+        varied = [override.get_key_element() for override in parsed if override.is_sweep_override()]
+        wrong = {}
+        for number, words in enumerate(jobs):
+            try:
+                self.check_job(words)
+            except MISTAKES as error:
+                wrong[number] = one_line(error)
+        if not wrong:
+            return
+        number = min(wrong)
+        chosen = " ".join(word for word in jobs[number] if word.partition("=")[0] in varied)
+        more = f" {len(wrong)} of {len(jobs)} jobs cannot go; none was started." if len(jobs) > 1 else ""
+        raise ConfigError(f"job {number}{f' ({chosen})' if chosen else ''}: {wrong[number]}{more}")
+
+    def check_first(self, fixed: Sequence[str], space: dict[str, BaseDistribution]) -> None:
+        """ConfigError if no trial can go, whatever is chosen: what is searched may go in one and not in another."""
+        chosen = [f"{key}={first_of(distribution)}" for key, distribution in space.items()]
+        try:
+            self.check_job([*fixed, *chosen])
+        except MISTAKES as error:
+            line = one_line(error)
+            if not any(key.lstrip("+") in line for key in space):
+                raise ConfigError(line) from None
+
+    def check_job(self, words: Sequence[str]) -> None:
+        config = self.loader.load_sweep_config(self.settings, list(words))
+        OmegaConf.set_struct(config, False)
+        hydra = config.pop("hydra")
+        config.pop("resume_sweep")
+        checked({**tree_of(config, hydra), "run_dir": str(self.settings.hydra.sweep.dir)})
 
     def search(
         self,
@@ -179,6 +229,12 @@ def split(params: dict[str, str], arguments: Sequence[str]) -> tuple[list[str], 
         else:
             fixed.append(f"{override.get_key_element()}={override.get_value_element_as_str()}")
     return fixed, space
+
+
+def first_of(distribution: BaseDistribution) -> Any:
+    """A value that may be chosen."""
+    limits = vars(distribution)
+    return limits["choices"][0] if "choices" in limits else limits["low"]
 
 
 def distribution(override: Override) -> BaseDistribution:

@@ -9,7 +9,9 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-from launch.compose import quoted
+from launch.traces import in_sweep
+from launch.typed import quoted
+from strategies.checkpoint import checkpoints
 
 # What schedulers send before they take a machine away, and a terminal that is closed.
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -108,7 +110,18 @@ def last_word(run_dir: Path, number: int) -> str:
     return f"{ended}, which is saved; go on by the same command with {typed(run_dir)} resume=auto"
 
 
-def typed(run_dir: Path) -> str:
+def way_on(run_dir: Path) -> str:
+    """How to go on from what a run has saved, that had no time to save more; nothing if there is nothing saved."""
+    saved = checkpoints(run_dir)
+    if not saved:
+        return ""
+    step = int(saved[-1].name.removeprefix("step-"))
+    if in_sweep(run_dir):
+        return f"; optimizer step {step} is saved: go on by python train.py {typed(run_dir.parent, 'resume_sweep')}"
+    return f"; optimizer step {step} is saved: go on by the same command with {typed(run_dir)} resume=auto"
+
+
+def typed(run_dir: Path, key: str = "run_dir") -> str:
     """The override for a run folder as a shell takes it."""
     word = str(run_dir)
-    return f"run_dir={word}" if re.fullmatch(r"[\w./-]+", word) else shlex.quote(f"run_dir={quoted(word)}")
+    return f"{key}={word}" if re.fullmatch(r"[\w./-]+", word) else shlex.quote(f"{key}={quoted(word)}")

@@ -19,6 +19,15 @@ def check_one_start(config: RunConfig) -> None:
         )
 
 
+def check_weights_there(config: RunConfig) -> None:
+    """ConfigError if nothing lies where `model.weights` says."""
+    assert config.weights is not None
+    try:
+        find_weights(Path(config.weights).expanduser().resolve())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.weights={config.weights}: {error}") from None
+
+
 def resolve_weights(config: RunConfig) -> RunConfig:
     """The config with the very file or folder that `model.weights` means; ConfigError if none is there, or whole."""
     if config.weights is None:

@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from launch.traces import missing
 from tracking.certified import RUNS, certificates_below
 from tracking.comparison import compare_runs
 from tracking.report import print_runs
@@ -16,9 +19,17 @@ from tracking.wandb_config import logger_of
 
 
 class SweepTable(Callback):
-    """Hydra callback that remembers the sweep's folder, so that the table can be printed however the sweep ends."""
+    """Hydra callback that remembers the sweep's folder, so that the table can be printed however the sweep ends.
+
+    made: folders that Hydra is about to make for a run, or a sweep.
+    """
 
     folder: ClassVar[Path | None] = None
+    made: ClassVar[list[Path]] = []
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with suppress(OmegaConfBaseException):  # it is told when the run begins
+            SweepTable.made = missing(Path(str(config.hydra.run.dir)).resolve())
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         SweepTable.folder = Path(str(config.hydra.sweep.dir)).resolve()

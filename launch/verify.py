@@ -14,16 +14,18 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.compose import CONFIG_DIR, compose, quoted
+from launch.compose import CONFIG_DIR, compose
 from launch.dispatch import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, dispatch, load_resolved
-from launch.entry import end_on_signals, one_line
 from launch.job import resolve
 from launch.schema import ConfigError, RunConfig, validate
+from launch.signals import end_on_signals
+from launch.traces import missing, remove_empty
+from launch.typed import quoted, read_words
+from launch.wording import MISTAKES, one_line
 from tracking.agreement import (
     MARGIN,
     UNIT_ROUNDOFF,
@@ -47,6 +49,8 @@ NOT_SHARED = ("strategy", "launcher.devices", "compile", "data.micro_batch_size"
 # What a run that is made to be compared differs in from one that is made to be used.
 VERIFY_OVERRIDES = ("trainer.max_steps=4", "trainer.val_every_steps=null", "logger=none", "evidence=true")
 
+
+FLAGS = ("-m", "--multirun", "--bisect")
 
 Kind = Literal["exact", "reference", "exact_cut", "cut"]
 
@@ -320,11 +324,17 @@ def print_certificate(certificate: Certificate, console: Console) -> None:
 
 def verify(arguments: list[str]) -> int:
     """`scripts/verify.py [-m] [--bisect] strategy=ddp [override ...]`: certify each; 1 if any disagrees or fails."""
-    multirun = bool({"-m", "--multirun"} & set(arguments))
-    overrides = [word for word in arguments if word not in ("-m", "--multirun", "--bisect")]
-    folders = [word.partition("=")[2] for word in overrides if key(word) == "run_dir"]
+    try:
+        words = read_words(arguments, dict.fromkeys(FLAGS, 0))
+    except ConfigError as error:
+        print(one_line(error), file=sys.stderr)
+        return EXIT_REFUSED
+    multirun = bool({"-m", "--multirun"} & set(words))
+    overrides = [word for word in words if word not in FLAGS]
+    folders = [word.partition("=")[2].strip("'") for word in overrides if key(word) == "run_dir"]
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
     folder = Path(folders[0] if folders else f"runs/{stamp}-verify").resolve()
+    made = missing(folder)
     end_on_signals()
     console = Console(width=None if sys.stdout.isatty() else 160)
     verifier, failed = Verifier(folder, bisects="--bisect" in arguments), 0
@@ -333,7 +343,7 @@ def verify(arguments: list[str]) -> int:
         for number, job in enumerate(jobs):
             try:
                 certificate = verifier.certify(job, f"{number}-candidate" if len(jobs) > 1 else "candidate")
-            except (RunFailedError, ConfigError, HydraException) as error:
+            except (RunFailedError, *MISTAKES) as error:
                 if len(jobs) == 1 and not isinstance(error, RunFailedError):
                     raise
                 print(f"{' '.join(job)}: {one_line(error)}", file=sys.stderr)
@@ -341,8 +351,9 @@ def verify(arguments: list[str]) -> int:
                 continue
             print_certificate(certificate, console)
             failed += certificate.verdict != "agrees"
-    except (ConfigError, HydraException) as error:
+    except MISTAKES as error:
         print(one_line(error), file=sys.stderr)
+        remove_empty(made)
         return EXIT_REFUSED
     except KeyboardInterrupt as error:
         print(f"{error or 'interrupted by Ctrl-C'}; no process of the run is left.", file=sys.stderr)

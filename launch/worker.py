@@ -46,7 +46,7 @@ from launch.checkpoints import Checkpoints
 from launch.counting import CountsFirstBatch, counted
 from launch.dispatch import EXIT_FAILED, STARTED, load_resolved
 from launch.epochs import Epochs
-from launch.failure import record_error
+from launch.failure import first_words, is_worded, raised_inside, record_error
 from launch.groups import Start
 from launch.guests import Guests, build_callbacks
 from launch.job import Job, run_of
@@ -112,7 +112,16 @@ def build_model(config: RunConfig) -> LightningModule:
         with written_down(construction):
             model = instantiate(offering(config.model, config.optimizer), _convert_="all")
     except InstantiationException as error:
-        raise ConfigError(f"model: {str(error.__cause__ or error).splitlines()[0]}") from None
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException | ImportError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ModuleNotFoundError) and str(error).find(f"'{cause.name}") >= 0:  # it is what is named
+            raise ConfigError(f"model: {first_words(cause)}; correct its _target_.") from None
+        if is_worded(cause) or isinstance(cause, InstantiationException):
+            raise ConfigError(f"model: {first_words(cause)}" if cause is error else first_words(cause)) from None
+        if isinstance(cause, TypeError) and not raised_inside(cause):
+            raise ConfigError(f"model: {first_words(cause)}; correct model._target_, or the keys beside it.") from None
+        raise cause from None  # of the user's own code: type and line are told
     if not isinstance(model, LightningModule):
         raise ConfigError(f"model._target_={config.model.get('_target_')} is not a LightningModule.")
     keep(construction, model)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.nets.gpt import IGNORED
+from models.refused import RefusedError
 from models.task import Task
 
 
@@ -22,7 +23,7 @@ class LanguageModel(Task):
     def __init__(self, *, prompt_end: int | None = None, **parts: Any) -> None:
         super().__init__(**parts)
         if prompt_end is not None and (type(prompt_end) is not int or prompt_end < 0):
-            raise ValueError(f"model.prompt_end={prompt_end} is no token's id; give one from 0 on, or null.")
+            raise RefusedError(f"model.prompt_end={prompt_end} is no token's id; give one from 0 on, or null.")
         self.prompt_end = prompt_end
 
     def make_net(self) -> nn.Module:

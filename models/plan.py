@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from models.refused import RefusedError
+
 # What a value of `ParallelPlan.tensor` means. A module that no glob matches is whole on every rank.
 TENSOR_STYLES: Mapping[str, str] = {
     "colwise": "Linear split along its outputs: takes whole inputs, gives split outputs",
@@ -62,7 +64,7 @@ class ParallelPlan:
     def __post_init__(self) -> None:
         for pattern, style in self.tensor.items():
             if style not in TENSOR_STYLES:
-                raise ValueError(
+                raise RefusedError(
                     f"plan.tensor[{pattern!r}]={style!r} is no style; choose from {', '.join(TENSOR_STYLES)}."
                 )
 
@@ -82,7 +84,7 @@ class ParallelPlan:
         """Refuse a `model` (its name, for the message) whose plan lacks one of `parts`, with a ValueError."""
         for part in parts:
             if not getattr(self, part):
-                raise ValueError(
+                raise RefusedError(
                     f"model={model} has no plan.{part}, which this strategy needs; "
                     f"give its ParallelPlan a `{part}`, or choose another strategy."
                 )
@@ -99,7 +101,7 @@ def _expand(part: str, patterns: tuple[str, ...], names: list[str]) -> tuple[str
     for pattern in patterns:
         matched = [name for name in names if matches(pattern, name)]
         if not matched:
-            raise ValueError(f"plan.{part}: {pattern!r} matches no module of the net; correct the FQN or the glob.")
+            raise RefusedError(f"plan.{part}: {pattern!r} matches no module of the net; correct the FQN or the glob.")
         found += matched
     return tuple(found)
 

@@ -5,6 +5,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from models.refused import RefusedError
+
 
 def constant(optimizer: Optimizer, *, warmup_steps: int) -> LambdaLR:
     """Rise linearly over `warmup_steps` to the full rate, then stay; step 0 already learns."""
@@ -24,7 +26,7 @@ def cosine(optimizer: Optimizer, *, warmup_steps: int, max_steps: int, final_fra
     """
     _check_warmup(warmup_steps)
     if not 0 <= final_fraction <= 1:
-        raise ValueError(f"scheduler.final_fraction={final_fraction} is no fraction; give a number from 0 to 1.")
+        raise RefusedError(f"scheduler.final_fraction={final_fraction} is no fraction; give a number from 0 to 1.")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -41,4 +43,4 @@ def _warmup(step: int, warmup_steps: int) -> float:
 
 def _check_warmup(warmup_steps: int) -> None:
     if warmup_steps < 0:
-        raise ValueError(f"scheduler.warmup_steps={warmup_steps} is negative; give 0 for no warm-up, or more.")
+        raise RefusedError(f"scheduler.warmup_steps={warmup_steps} is negative; give 0 for no warm-up, or more.")

@@ -15,9 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.installed import check_installed
+
+check_installed()
+
 from launch.compose import REPOSITORY, compose
 from launch.dispatch import prepare
 from launch.schema import ConfigError
+from launch.typed import read_words
+from launch.wording import MISTAKES, one_line
 from launch.zygote import end_zygote
 
 SETTING = [
@@ -77,17 +83,23 @@ def rank(name: str, words: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else 2
     match arguments:
         case ["rank", name, *words]:
             return rank(name, words)
         case [name, *overrides] if name in BENCHMARKS:
+            overrides = read_words(overrides, {})
             return max(measure(name, case, overrides) for case in BENCHMARKS[name])
-    print(__doc__, file=sys.stderr)
-    return 2
+    raise ConfigError(f"bench.py: {arguments[0]} is no benchmark; choose one of {', '.join(BENCHMARKS)}.")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, ValueError) as error:
-        sys.exit(str(error))
+    except MISTAKES as error:
+        print(one_line(error), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -25,6 +25,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.installed import check_installed
+
+check_installed()
+
 if TYPE_CHECKING:
     from tracking.sources import Run
 

@@ -21,6 +21,10 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.installed import check_installed
+
+check_installed()
+
 
 FORMATS = ("safetensors", "lightning", "deepspeed-universal")
 

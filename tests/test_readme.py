@@ -141,13 +141,14 @@ def test_commands_of_the_readme_run(clone: Path) -> None:
 
 def test_refusal_shown_in_the_readme_is_what_is_printed(tmp_path: Path) -> None:
     (shown,) = blocks("console")
-    command, expected = shown.strip().splitlines()
-    words = shlex.split(command.removeprefix("$ "))
-    run = subprocess.run(
-        [sys.executable, str(REPOSITORY / words[1]), *words[2:], "launcher.accelerator=cpu"],
-        cwd=tmp_path, env=user_environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.stderr.strip() == expected
+    lines = shown.strip().splitlines()
+    for command, expected in zip(lines[::2], lines[1::2], strict=True):
+        words = shlex.split(command.removeprefix("$ "))
+        run = subprocess.run(
+            [sys.executable, str(REPOSITORY / words[1]), *words[2:], "launcher.accelerator=cpu"],
+            cwd=tmp_path, env=user_environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.stderr.strip() == expected
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

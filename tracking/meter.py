@@ -14,26 +14,11 @@ from torch import Tensor
 
 from models.steps import steps_done
 from tracking.record import Results
+from tracking.steps import traced_steps, warmup_steps
 
 WARMUP_RULE = "the first min(10, max(2, steps // 10)) optimizer steps are left out"
 TRACED_RULE = f"{WARMUP_RULE}, and so are the steps that were traced"
 PROFILED_RULE = ", and those in which a profiler ran"
-
-
-def warmup_steps(steps: int) -> int:
-    """How many of a run's optimizer steps are left out of its times: WARMUP_RULE as a number."""
-    return min(10, max(2, steps // 10))
-
-
-def traced_steps(first: int, last: int, count: int) -> range:
-    """Which of a run's optimizer steps `first` to `last` are traced: `count` behind the warm-up, if others are left.
-
-    Else the last one.
-    """
-    if not count or last < first:
-        return range(0)
-    begin = first + warmup_steps(last - first + 1)
-    return range(begin, begin + count) if begin + count <= last else range(last, last + 1)
 
 
 @final

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, schedule
 
 from models.steps import steps_done
-from tracking.meter import traced_steps
+from tracking.steps import check_untraced, traced_steps
 
 
 def profile_path(run_dir: Path, rank: int, suffix: str) -> Path:
@@ -26,11 +26,7 @@ def check_steps(trainer: pl.Trainer, disturbed: range, trace_steps: int) -> None
             f"{steps_done(trainer) + 2} or higher."
         )
     traced = traced_steps(steps_done(trainer) + 1, trainer.max_steps, trace_steps)
-    if both := set(traced) & set(disturbed):
-        raise ValueError(
-            f"profile.first_step: step {min(both)} is timed for trace.json, which a profiler would disturb; set "
-            f"profile.first_step={traced.stop + 1} or higher, or trainer.trace_steps=0."
-        )
+    check_untraced(disturbed, traced, trainer.max_steps)
 
 
 def tell(trainer: pl.Trainer, path: Path, tool: str) -> None:

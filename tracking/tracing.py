@@ -19,8 +19,9 @@ from models.steps import steps_done
 from strategies.engines.grid import GridEngine
 from strategies.schedules import Kind, Step
 from tracking.memory import MemoryCensus
-from tracking.meter import Clock, clock_of, peak_gib, traced_steps, warmup_steps
+from tracking.meter import Clock, clock_of, peak_gib
 from tracking.record import host_memory
+from tracking.steps import traced_steps, warmup_steps
 from tracking.timeline import RankTrace, Span, Timeline, TracedCall, TracedStep, trace_path
 from tracking.traffic import CollectiveTimer
 

@@ -12,6 +12,15 @@ from tracking.sources import WANDB_PREFIX, Run
 AXES = ("step", "tokens", "time_s")  # in every row, so that a chart can be drawn against any of them
 # Files of the run folder that go with the run; resolved.yaml does not: it holds secrets that the logged config has not.
 RUN_FILES = ("record.json", "trace.json", "certificate.json")
+Mode = Literal["online", "offline", "disabled"]
+# What WANDB_MODE may say, and what it means.
+ENVIRONMENT_MODES: dict[str, Mode] = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
 COMPARE = "compare"  # job type of what is no run, but holds a comparison of runs
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import wandb
@@ -22,7 +22,7 @@ from wandb.sdk.lib import wbauth
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from tracking.redact import redact
-from tracking.wandb_config import WandbConfig
+from tracking.wandb_config import ENVIRONMENT_MODES, Mode, WandbConfig
 
 # The server must have answered after so long, else the run goes on offline. Measured with wandb 0.31: a host that
 # accepts and never answers takes 11 s in all, one that refuses 9 s; 30 s is what a user is promised.
@@ -32,15 +32,6 @@ GRACE_S = 5  # for W&B's service to notice its own timeout, before it is killed
 
 # What W&B raises when it cannot reach its server, or its own service is gone.
 TROUBLE = (wandb.Error, TimeoutError, ConnectionError, HandleAbandonedError, MailboxClosedError)
-
-Mode = Literal["online", "offline", "disabled"]
-ENVIRONMENT_MODES: dict[str, Mode] = {
-    "online": "online",
-    "run": "online",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
 
 
 def start_run(

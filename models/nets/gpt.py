@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from models.nets.gpt_settings import check_gpt
 from models.nets.layers import (
     BLOCK_STYLES,
     GELU,
@@ -17,11 +18,9 @@ from models.nets.layers import (
     Linear,
     Stream,
     SwiGLU,
-    check_choice,
-    check_counts,
-    check_heads,
 )
 from models.plan import ParallelPlan
+from models.refused import RefusedError
 
 # Above this many logits (128 MiB in float32) the head works in chunks of at most as many. Head and loss alone, forward
 # and backward, 4096 tokens, fp32, 1 thread of a shared 2-core machine, torch 2.13, s and peak MiB over the start:
@@ -51,7 +50,7 @@ class TokenEmbedding(nn.Module):
             return self.tokens(tokens)
         length, limit = tokens.shape[1], self.positions.num_embeddings
         if length > limit:
-            raise ValueError(
+            raise RefusedError(
                 f"data.sequence_length={length} exceeds model.net.max_sequence_length={limit}; "
                 "shorten the one or raise the other."
             )
@@ -125,13 +124,19 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_counts(vocab_size=vocab_size, num_layers=num_layers, mlp_size=mlp_size)
-        check_heads(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
-        check_choice("norm", norm, ("rms", "layer"))
-        check_choice("mlp", mlp, ("swiglu", "gelu"))
-        _check_positions(positions, max_sequence_length, head_dim=hidden_size // num_heads)
-        if loss_chunk_tokens is not None:
-            check_counts(loss_chunk_tokens=loss_chunk_tokens)
+        check_gpt(
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_size=hidden_size,
+            mlp_size=mlp_size,
+            num_kv_heads=num_kv_heads,
+            norm=norm,
+            mlp=mlp,
+            positions=positions,
+            max_sequence_length=max_sequence_length,
+            loss_chunk_tokens=loss_chunk_tokens,
+        )
         learned = positions == "learned"
         stream = Stream(hidden_size=hidden_size, bias=bias, std=init_std, out_std=init_std / math.sqrt(2 * num_layers))
 
@@ -197,18 +202,3 @@ def _make_mlp(kind: str, stream: Stream, mlp_size: int) -> nn.Module:
     if kind == "swiglu":
         return SwiGLU(stream, mlp_size=mlp_size)
     return GELU(stream, mlp_size=mlp_size, approximate="tanh")
-
-
-def _check_positions(positions: str, max_sequence_length: int | None, *, head_dim: int) -> None:
-    check_choice("positions", positions, ("rotary", "learned"))
-    if positions == "learned":
-        if max_sequence_length is None:
-            raise ValueError(
-                "model.net.positions=learned has no table size; give model.net.max_sequence_length=1024 or so."
-            )
-        check_counts(max_sequence_length=max_sequence_length)
-    elif head_dim % 2:
-        raise ValueError(
-            f"model.net.positions=rotary cannot pair up the {head_dim} dims of a head; choose a model.net.num_heads "
-            "that leaves an even number, or positions=learned."
-        )

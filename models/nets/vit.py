@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.nets.layers import BLOCK_STYLES, GELU, Attention, Block, Linear, Stream, check_counts, check_heads, divisors
+from models.nets.layers import BLOCK_STYLES, GELU, Attention, Block, Linear, Stream
+from models.nets.vit_settings import check_vit
 from models.plan import ParallelPlan
+from models.refused import RefusedError
 
 NORM_EPS = 1e-6  # the paper's published code (google-research/vision_transformer), not its text
 
@@ -45,7 +47,7 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(
+            raise RefusedError(
                 f"model.net.image_size={self.image_size} does not fit images of {images.shape[2]} x {images.shape[3]}; "
                 "give the size that the data has."
             )
@@ -84,14 +86,16 @@ class ViT(nn.Module):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        check_counts(image_size=image_size, patch_size=patch_size, num_channels=num_channels, num_classes=num_classes)
-        check_counts(num_layers=num_layers, mlp_size=mlp_size)
-        check_heads(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_heads)
-        if image_size % patch_size:
-            raise ValueError(
-                f"model.net.patch_size={patch_size} does not divide model.net.image_size={image_size}; "
-                f"choose one of {divisors(image_size)}."
-            )
+        check_vit(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_channels=num_channels,
+            num_classes=num_classes,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_size=hidden_size,
+            mlp_size=mlp_size,
+        )
         stream = Stream(hidden_size=hidden_size, bias=True, std=init_std, out_std=init_std / math.sqrt(2 * num_layers))
 
         def make_block() -> Block:

@@ -483,6 +483,21 @@ def misfit(reader: Reader, name: str, shape: tuple[int, ...]) -> ValueError:
     return ValueError(f"resume={reader.folder}: it has {name} {found}; give the model that wrote it.")
 
 
+def check_kind(folder: Path, make: Callable[[list[nn.Parameter]], Optimizer]) -> None:
+    """ValueError if a checkpoint was written with an optimizer that keeps something else than the one that is made."""
+    known = Manifest.read(folder).tensors
+    kept = {name.split("/")[1] for name in known if name.startswith("state/")}
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = make([weight])
+    make_state(optimizer, [weight])
+    own = set(optimizer.state.get(weight, {}))
+    if kept and own != kept:
+        raise ValueError(
+            f"resume={folder}: its optimizer kept {', '.join(sorted(kept))}, and {type(optimizer).__name__} keeps "
+            f"{', '.join(sorted(own)) or 'nothing'}; choose the optimizer that wrote it."
+        )
+
+
 def lazily_kept(optimizer: Optimizer, held: Iterable[Held]) -> set[str]:
     """What an optimizer keeps for a parameter from its first step on; nothing of it is left."""
     stepping = {parameter for group in optimizer.param_groups for parameter in group["params"]}

@@ -78,6 +78,18 @@ def places(manifest: Manifest, module: nn.Module, may_lack: Sequence[str] = ()) 
     return {fqn: known[0] for fqn, known in found.items() if known}
 
 
+def check_shapes(folder: Path, module: nn.Module) -> None:
+    """ValueError naming the first weight of a module that a checkpoint has in another shape, or not at all."""
+    known, tensors = Manifest.read(folder).tensors, dict(module.named_parameters(remove_duplicate=False))
+    for fqn, fqns in names_of(module).items():
+        found = [known[f"weight/{name}"].shape for name in fqns if f"weight/{name}" in known]
+        if fqn in tensors and found[:1] != [tuple(tensors[fqn].shape)]:
+            told = f"in shape {tuple(found[0])}, not {tuple(tensors[fqn].shape)}" if found else "not at all"
+            raise ValueError(
+                f"resume={folder}: it has {fqn} {told}; give the model that wrote it: no resume_despite changes that."
+            )
+
+
 def load_weights(reader: Reader, held: Iterable[Held], place: Mapping[str, str]) -> None:
     """Fill what this rank holds with its part of weights that lie at `place`; what has none stays as it is."""
     with torch.no_grad():

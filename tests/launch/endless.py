@@ -15,9 +15,9 @@ def training(run_dir: Path) -> bool:
     return metrics.exists() and len(metrics.read_text().splitlines()) > 2
 
 
-def start_training(folder: Path) -> tuple[Command, list[psutil.Process]]:
+def start_training(folder: Path, *words: str) -> tuple[Command, list[psutil.Process]]:
     """A run that has taken its first steps, and all its processes."""
-    process = start(folder, *ENDLESS)
+    process = start(folder, *ENDLESS, *words)
     wait_for(lambda: training(folder / "run") or process.poll() is not None, "the first steps")
     assert process.poll() is None, (folder / "err").read_text()
     return process, family(process.pid)

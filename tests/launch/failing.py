@@ -14,8 +14,15 @@ from models.plan import ParallelPlan
 class RaisesOnRank1(LanguageModel):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.global_rank == 1:
-            raise RuntimeError("boom on rank 1")
+            raise ValueError("boom on rank 1")  # as is a mistake in a config, too
         return super().training_step(batch, batch_idx)
+
+
+class RaisesAtStart(LanguageModel):
+    """A model that has the right weights, and comes to no step."""
+
+    def on_fit_start(self) -> None:
+        raise RuntimeError("boom at the start")
 
 
 class SegfaultsOnRank1(LanguageModel):

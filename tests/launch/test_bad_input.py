@@ -2,19 +2,21 @@
 
 import gzip
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.command import TINY
+from tests.launch.command import REPOSITORY, TINY, user_environment
 from tests.launch.warm import train
 
 NO_BLOCKS = ["model=vit_tiny", "data=digits", "model._target_=tests.strategies.own_models.DropsOut"]
 
 MISTAKES = {
     "unknown preset": (["strategy=zero9"], ["zero9", "single"]),
-    "unknown key": (["trainer.max_step=3"], ["max_step"]),
-    "unknown added key": (["+trainer.max_step=3"], ["trainer.max_step=3", "no such key"]),
+    "unknown key": (["trainer.max_step=3"], ["trainer.max_step:", "did you mean trainer.max_steps?"]),
+    "unknown added key": (["+trainer.max_step=3"], ["trainer.max_step=3", "no such key", "trainer.max_steps?"]),
     "unknown added strategy key": (["strategy=ddp", "+strategy.bucket=3"], ["strategy.bucket=3", "no such key"]),
     "negative count": (["trainer.max_steps=-3"], ["trainer.max_steps", "greater than 0", "-3"]),
     "count that is no integer": (["trainer.max_steps=2.5"], ["trainer.max_steps", "2.5"]),
@@ -116,3 +118,75 @@ def test_mistake_gets_one_line_and_starts_nothing(mistake: str, folder: Path) ->
     assert all(word in lines[0] for word in words), lines[0]
     assert run.stdout.strip() == ""
     assert not list(folder.glob("**/*.log"))
+    assert not (folder / "run").exists()
+
+
+def test_all_jobs_of_a_sweep_are_checked_before_the_first_starts(tmp_path: Path) -> None:
+    run = train(tmp_path, "trainer.max_steps=4", "-m", "seed=1,x", "strategy=single,ddp")
+    assert run.returncode == 2
+    (line,) = run.stderr.strip().splitlines()
+    assert line.startswith("job 2 (seed=x strategy=single): seed: Input should be a valid integer")
+    assert line.endswith("2 of 4 jobs cannot go; none was started.")
+    assert run.stdout.strip() == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_mistake_that_every_trial_of_a_search_would_make_is_told_once(tmp_path: Path) -> None:
+    run = train(tmp_path, "-m", "hparams=lr", "data.global_batch_size=0")
+    assert run.returncode == 2
+    assert "data.global_batch_size" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_what_has_no_effect_is_told_in_the_first_line(tmp_path: Path) -> None:
+    run = train(tmp_path, *TINY, "trainer.max_steps=1", "launcher.devices=10000", "run_dir=run")
+    assert run.returncode == 0
+    first = run.stdout.splitlines()[0]
+    assert "; of launcher.devices=10000, strategy=single uses 1" in first
+    assert "; scheduler.warmup_steps=20 do not end before trainer.max_steps=1" in first
+
+
+@pytest.mark.full
+def test_own_file_that_cannot_be_imported_is_told_by_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import nosuchthing\nfrom models.language import LanguageModel as Mine\n")
+    run = train(tmp_path, *TINY, "model._target_=mine.Mine", "run_dir=run")
+    assert run.returncode == 2
+    told = "model: its code raised ModuleNotFoundError: No module named 'nosuchthing' (mine.py:1)"
+    assert run.stderr.splitlines() == [told]
+
+
+@pytest.mark.full
+def test_scripts_say_what_they_do_and_word_mistakes(tmp_path: Path) -> None:
+    for name, words in (("verify", []), ("bench", ["overhead"]), ("compare", []), ("convert", [])):
+        run = script(tmp_path, name, *words, "--help")
+        assert run.returncode == 0, run.stderr
+        assert f"python scripts/{name}.py" in run.stdout
+    for words, said in (
+        (["overhead", "trainer.max_stps=3"], "trainer.max_steps?"),
+        (["overhed"], "choose one of overhead"),
+    ):
+        run = script(tmp_path, "bench", *words)
+        assert run.returncode == 2
+        assert said in run.stderr
+        assert len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", [["train.py"], ["scripts/verify.py"], ["scripts/convert.py"]])
+def test_python_without_our_packages_is_told_to_activate_the_environment(command: list[str], tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-S", str(REPOSITORY / command[0])], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    (line,) = run.stderr.strip().splitlines()
+    assert "has no hydra: activate Concord's environment first, by `. .venv/bin/activate`" in line
+
+
+def script(cwd: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / f"scripts/{name}.py"), *words]
+    return subprocess.run(
+        command, cwd=cwd, env=user_environment(), capture_output=True, text=True, timeout=120, check=False
+    )

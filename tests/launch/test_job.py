@@ -1,5 +1,6 @@
 """Rules between keys that need a machine or a launcher that is not here: the border is what nvidia-smi answers."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,18 @@ def test_visible_gpus_are_those_that_cuda_shows(entries: str | None, shown: tupl
 @pytest.mark.parametrize(("node", "tasks"), [(0, 2), (2, 2), (3, 1)])
 def test_slurm_says_how_many_tasks_a_node_has(node: int, tasks: int) -> None:
     assert tasks_of_node("2(x3),1", node) == tasks
+
+
+@pytest.mark.parametrize(("driver", "is_refused"), [("470.82.01", True), ("525.60.13", False), ("", False)])
+def test_driver_that_is_older_than_the_wheel_is_refused(
+    driver: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = '12.8'\n")
+    monkeypatch.setattr(hardware, "find_torch", lambda: tmp_path)
+    answer = subprocess.CompletedProcess([], 0, f"{driver}\n{driver}\n", "")
+    monkeypatch.setattr(hardware.subprocess, "run", lambda *args, **kwargs: answer)
+    if not is_refused:
+        hardware.check_driver()
+        return
+    with pytest.raises(ValueError, match=r"the driver is 470.82.01, .* CUDA 12, which needs 525 or newer; update"):
+        hardware.check_driver()

@@ -67,6 +67,6 @@ def test_memory_snapshot_has_stacks(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_profile_of_traced_steps_is_refused(tmp_path: Path) -> None:
     run = train(tmp_path, *TINY, *STEPS, "profile=torch", "profile.first_step=5")
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "step 4 is timed for trace.json, which a profiler would disturb; set profile.first_step=6" in run.stderr
     assert train(tmp_path, *TINY, *STEPS[:-1], "run_dir=next", "profile=torch", "profile.first_step=6").returncode == 0

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launch.dispatch import load_resolved
-from launch.resume import newest_good, newest_own, started_from
+from launch.resume import find, newest_good, newest_own, started_from
 from launch.schema import ConfigError
 from strategies import checkpoint
 from strategies.checkpoint import MANIFEST, checkpoints, note_val_loss, val_losses
@@ -51,7 +51,22 @@ def test_another_strategy_goes_on_at_the_next_step(saved: Path) -> None:
 REFUSED = {
     "nothing there": (["resume=nowhere"], ["resume=nowhere is no checkpoint"]),
     "steps that are done already": (["resume=first", "trainer.max_steps=4"], ["trainer.max_steps=4", "4 steps"]),
-    "another model": (["resume=first", "model.net.mlp_size=64"], ["model.net.mlp_size=64", "=32"]),
+    "another model": (
+        ["resume=first", "model.net.mlp_size=64"],
+        ["model.net.mlp_size=64", "=32", "by model.net.mlp_size weights have their shapes, which cannot differ"],
+    ),
+    "another model, and another batch": (
+        ["resume=first", "model.net.mlp_size=64", "data.global_batch_size=16"],
+        ["give the same model.net.mlp_size", "the others may, resume_despite=[data.global_batch_size]"],
+    ),
+    "another model all the same": (
+        ["resume=first", "model.net.mlp_size=64", "resume_despite=[model.net.mlp_size]"],
+        ["mlp.", "in shape (32, 16), not (64, 16); give the model that wrote it: no resume_despite changes that"],
+    ),
+    "another optimizer": (
+        ["resume=first", "optimizer=sgd"],
+        ["exp_avg, exp_avg_sq, step, and SGD keeps momentum_buffer; choose the optimizer that wrote it"],
+    ),
     "another batch": (
         ["resume=first", "data.global_batch_size=16"],
         ["data.global_batch_size=16", "data.global_batch_size=8", "resume_despite=[data.global_batch_size]"],
@@ -64,7 +79,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED)
+ASKED_WITH_TORCH = ("another model all the same", "another optimizer")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.full] * (name in ASKED_WITH_TORCH))
+        for name, case in REFUSED.items()
+    ],
+)
 def test_what_does_not_fit_is_one_line_before_anything_starts(
     words: tuple[list[str], list[str]], saved: Path, tmp_path: Path
 ) -> None:
@@ -74,9 +98,11 @@ def test_what_does_not_fit_is_one_line_before_anything_starts(
     assert run.returncode == 2
     assert len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert all(word in run.stderr for word in told), run.stderr
-    status = read_status(tmp_path / "run")
-    assert status is not None
-    assert status.state == "refused"
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_of_checkpoints_means_the_newest(saved: Path) -> None:
+    assert find(str(saved / "first/checkpoints")) == saved / "first/checkpoints/step-00000004"
 
 
 def test_key_that_may_differ_is_named(saved: Path, tmp_path: Path) -> None:
@@ -223,7 +249,7 @@ def test_run_that_ended_before_its_first_checkpoint_starts_from_that_of_another_
     saved: Path, tmp_path: Path
 ) -> None:
     words = [*GO_ON, "strategy=single", "run_dir=run"]
-    broken = "model._target_=tests.launch.failing.HoldsNoReset"
+    broken = "model._target_=tests.launch.failing.RaisesAtStart"
     run = train(tmp_path, *words, f"resume='{saved}/first'", broken, "resume_despite=[model._target_]")
     assert run.returncode == 1
     assert not checkpoints(tmp_path / "run")
@@ -237,7 +263,7 @@ def test_run_that_ended_before_its_first_checkpoint_starts_from_that_of_another_
 
 @pytest.mark.full
 def test_sweep_from_a_checkpoint_is_resumed_from_what_its_jobs_have(saved: Path, tmp_path: Path) -> None:
-    models = "models.language.LanguageModel,tests.launch.failing.HoldsNoReset"
+    models = "models.language.LanguageModel,tests.launch.failing.RaisesAtStart"
     words = [*GO_ON, "strategy=single", f"model._target_={models}", "resume_despite=[model._target_]"]
     train(tmp_path, "-m", *words, f"resume='{saved}/first'", "hydra.sweep.dir=jobs")
     for name in ("resolved.yaml", "status.json"):  # as if the sweep had been killed before its first job began

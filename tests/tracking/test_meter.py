@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from tests.harness import run_ranks
 from tests.tracking.slow import Slow, Values, fit
-from tracking.meter import Meter, measure_peak_flops, traced_steps, warmup_steps
+from tracking.meter import Meter, measure_peak_flops
 from tracking.record import Results
+from tracking.steps import traced_steps, warmup_steps
 
 
 class SaveEachStep(pl.Callback):
