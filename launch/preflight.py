@@ -114,7 +114,7 @@ def check_start(config: RunConfig, model: LightningModule) -> None:
     elif config.weights is not None:
         from launch.weights import StartingWeights
 
-        StartingWeights(Path(config.weights), model)
+        StartingWeights(Path(config.weights), model, config.fitting)
 
 
 def check_plan(job: Job, model: LightningModule) -> None:

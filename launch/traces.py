@@ -21,7 +21,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 def leave_nothing(run_dir: Path) -> None:
     """Remove what a claim has written into the folder of a run that never began."""
-    for name in ("status.json", ".claim"):
+    for name in ("status.json", ".claim", ".alive"):
         with suppress(OSError):
             (run_dir / name).unlink()
 

@@ -527,4 +527,20 @@ MUTANTS = (
         new="        result = super().optimizer_step(optimizer, closure, *args, **kwargs)\n",
         tests="tests/strategies/test_grid_engine.py -k whole_parameters",
     ),
+    Mutant(
+        name="ForgetsCounts",
+        does="has an optimizer that goes on count its steps from 0 again",
+        file="launch/restore.py",
+        old="        groups.put_back(engine.stepping, self.manifest.groups)",
+        new="        groups.put_back(engine.stepping, [])",
+        tests="tests/agreement/test_kept.py",
+    ),
+    Mutant(
+        name="WaitsForNobody",
+        does="starts an attempt while processes of the one before still write",
+        file="launch/claim.py",
+        old="            alive.take(run_dir, is_elsewhere=is_elsewhere(other))\n",
+        new="            pass\n",
+        tests="tests/launch/test_attempts.py",
+    ),
 )

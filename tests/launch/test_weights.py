@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "nothing to fit": (["model.weights_may_lack=[a]"], "model.weights_may_lack=.*: there are no model.weights"),
     "what lies on a disk": (
-        ["model.weights=w", "strategy=zero3_nvme", "strategy.offload.nvme_path=."],
+        ["model.weights={folder}/w.safetensors", "strategy=zero3_nvme", "strategy.offload.nvme_path=."],
         "strategy=zero3_nvme has; choose strategy=zero3_offload",
     ),
 }
