@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +25,11 @@ def unheld(module: nn.Module) -> str | None:
 
 def beside(optimizer: Optimizer) -> str | None:
     """What an optimizer's own state_dict has beside its state and groups; None where there is nothing."""
-    extra = optimizer.state_dict().keys() - {"state", "param_groups"}
+    kept, optimizer.state = optimizer.state, defaultdict(dict)  # of parameters that DeepSpeed has not in its groups now
+    try:
+        extra = optimizer.state_dict().keys() - {"state", "param_groups"}
+    finally:
+        optimizer.state = kept
     if not extra:
         return None
     return (
