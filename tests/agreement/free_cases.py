@@ -7,7 +7,7 @@ import numpy as np
 from tests.agreement.grid_cases import GridCase
 from tracking.evidence import Evidence
 
-SAVED = 2  # of four optimizer steps
+SAVED = 2  # the optimizer step behind which a run is saved; one more shows what was restored, by loss and by weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,7 @@ class FreeCase(GridCase):
     """The same model and batch under every strategy; 20 samples, so that epochs end in the midst of steps."""
 
     tied: bool = True
+    steps: int = SAVED + 1
 
     @property
     def micro_batches(self) -> int:

@@ -105,7 +105,7 @@ def test_the_same_strategy_goes_on_to_the_bit(case: Case, tmp_path: Path) -> Non
     words = [*case.overrides, *AVERAGED[:2], "checkpoint.every_steps=2"]
     train_case(words, tmp_path / "whole")
     train_case([*words, f"resume='{folder_of(tmp_path / 'whole', 2)}'"], tmp_path / "after")
-    whole, after = (averages_in(folder_of(tmp_path / name, 4)) for name in ("whole", "after"))
+    whole, after = (averages_in(folder_of(tmp_path / name, case.steps)) for name in ("whole", "after"))
     assert whole.keys() == after.keys()
     assert all(np.array_equal(whole[name], after[name]) for name in whole)
 
@@ -114,7 +114,7 @@ def test_the_same_strategy_goes_on_to_the_bit(case: Case, tmp_path: Path) -> Non
 def test_an_average_may_begin_and_end_on_the_way(tmp_path: Path) -> None:
     """Of an optimizer that keeps nothing of its own, too."""
     for optimizer in (["optimizer=sgd"], []):
-        words = [*FREE["ddp"].overrides, *optimizer]
+        words = [*FREE["ddp"].overrides, *optimizer, "trainer.max_steps=4"]
         bare, begun, ended = (tmp_path / f"{name}{len(optimizer)}" for name in ("bare", "begun", "ended"))
         train_case([*words, "checkpoint.every_steps=2", "trainer.max_steps=2"], bare)
         go_on = f"resume='{folder_of(bare, 2)}'"
