@@ -89,23 +89,28 @@ SWITCHES: dict[str, tuple[Any, Any]] = {
 }
 
 
-def matrix() -> list[GridCase]:
-    """Two cases for every spread, that set each switch in opposite ways; which way first differs from spread to spread.
+def candidates() -> list[list[GridCase]]:
+    """For every spread on less than 8 ranks two cases that set each switch in opposite ways, one of which is enough.
 
-    So every spread meets every value of every switch, and over all spreads every pair of values occurs. Spreads on 8
-    ranks take as long as all others: each of them is one case, and over those, too, every pair of values occurs.
+    Spreads on 8 ranks take as long as all others: each is one case, and over those alone, too, every pair of values of
+    two switches occurs.
     """
-    cases, large = [], 0
+    found, large = [], 0
     for number, spread in enumerate(spreads()):
         if spread["world_size"] == 8:
             # Whoever is left when all pairs have been is tied, which a ViT among those was not.
             pattern = PAIRS_IN_EIGHT[large % 8]
-            cases.append(case_of(spread, pattern if large < 8 else TIED_GPT | pattern & ~1))
+            found.append([case_of(spread, pattern if large < 8 else TIED_GPT | pattern & ~1)])
             large += 1
             continue
         # Multiples of an odd constant walk through all patterns of bits.
-        cases += [case_of(spread, number * 37 % 64 ^ flipped) for flipped in (0, 63)]
-    return cases
+        found.append([case_of(spread, number * 37 % 64 ^ flipped) for flipped in (0, 63)])
+    return found
+
+
+def met_by(case: GridCase) -> set[tuple[str, str, Any]]:
+    """What a case shows: its strategy, and its schedule, with a way that a switch stands."""
+    return {(what, switch, getattr(case, switch)) for what in (case.strategy, case.schedule) for switch in SWITCHES}
 
 
 TIED_GPT = 0b10
@@ -123,8 +128,6 @@ def case_of(spread: dict[str, Any], pattern: int) -> GridCase:
     case = GridCase(**{**chosen, **spread})
     return replace(case, tied=case.tied and case.model == "gpt")
 
-
-MATRIX = matrix()
 
 # One of the two cases of every preset, every schedule, and 8 ranks once.
 CHOSEN_SPREADS: list[dict[str, Any]] = [
@@ -146,9 +149,29 @@ CHOSEN_SPREADS: list[dict[str, Any]] = [
     {"strategy": "3d", "world_size": 8, "schedule": "1f1b", "words": ()},
 ]
 CHOSEN = [
-    [case for case in MATRIX if vars(case).items() >= spread.items()][number % 2 if spread["world_size"] < 8 else 0]
+    cases[number % len(cases)]
     for number, spread in enumerate(CHOSEN_SPREADS)
+    for cases in [next(cases for cases in candidates() if vars(cases[0]).items() >= spread.items())]
 ]
+
+
+def matrix() -> list[GridCase]:
+    """A case of every spread, the chosen ones among them, and others until no further one would show anything new."""
+    cases = list(CHOSEN)
+
+    def news(case: GridCase) -> int:
+        return len(met_by(case) - set().union(*map(met_by, cases)))
+
+    for spread in candidates():
+        if not any(case in cases for case in spread):
+            cases.append(max(spread, key=news))
+    others = [case for spread in candidates() for case in spread]
+    while news(most := max(others, key=news)):
+        cases.append(most)
+    return cases
+
+
+MATRIX = matrix()
 
 # What stands for each preset in the everyday tests, on as few ranks as it takes.
 EVERYDAY_SPREAD: dict[str, dict[str, Any]] = {

@@ -94,6 +94,7 @@ ODD = [
     Case(strategy="ddp", precision="bf16_master"),
     Case(strategy="zero3", precision="bf16_master"),
     Case(strategy="fsdp", precision="bf16_master", tied=True),
+    RESIZED["3d"],  # parts of parts, of two data ranks
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.agreement import faults
 from tests.agreement.cases import Case
-from tests.agreement.grid_cases import CHOSEN, EVERYDAY, MATRIX, SCHEDULES, SWITCHES, GridCase
+from tests.agreement.grid_cases import CHOSEN, EVERYDAY, MATRIX, SCHEDULES, SWITCHES, GridCase, met_by
 from tests.agreement.grid_faults import EVERYDAY_PLANTED, PLANTED
 from tests.agreement.training import LEAST_EXCESS, checks_of, train_case
 from tests.presets import PRESETS
@@ -68,11 +68,9 @@ def test_matrix_holds_every_preset_schedule_and_pair_of_switches() -> None:
     for cases, (one, other) in itertools.product((MATRIX, on_eight), itertools.combinations(SWITCHES, 2)):
         wanted = set(itertools.product(SWITCHES[one], SWITCHES[other])) - {("vit", True)}
         assert wanted <= {(getattr(case, one), getattr(case, other)) for case in cases}, (one, other)
-    others = [case for case in MATRIX if case.world_size < 8]
-    for spread in {(case.strategy, case.world_size, case.schedule, case.words) for case in others}:
-        met = [case for case in MATRIX if (case.strategy, case.world_size, case.schedule, case.words) == spread]
-        for switch in SWITCHES.keys() - {"tied"}:
-            assert {getattr(case, switch) for case in met} == set(SWITCHES[switch]), (spread, switch)
+    shown = set().union(*map(met_by, MATRIX))
+    for what, switch in itertools.product({*grids, *SCHEDULES}, SWITCHES.keys() - {"tied"}):
+        assert {way for known, name, way in shown if (known, name) == (what, switch)} == set(SWITCHES[switch]), what
 
 
 @pytest.mark.parametrize(
