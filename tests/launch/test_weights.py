@@ -302,7 +302,7 @@ def test_weights_of_another_model_are_told_by_the_first_that_differs(
 def test_mistake_that_takes_torch_to_see_is_one_line_too(state: dict[str, Tensor], tmp_path: Path) -> None:
     path = as_file(state, tmp_path)
     run = train(tmp_path, *TINY, "strategy=ddp", f"model.weights='{path}'", "run_dir=run")
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert run.stderr.startswith(f"model.weights={path}: it has") or "net." in run.stderr
 
