@@ -17,8 +17,10 @@ from tests.tiers import in_tiers
 from tracking.agreement import Draw, compare
 from tracking.evidence import Evidence
 
-# Every strategy is left for another and resumed from another; the matrix has all other pairs, too.
+# Every strategy is left for another and resumed from another, and from every kind of engine a run goes on under every
+# other: a checkpoint does not say to a reader who wrote it, so that a pair of strategies shows no more than its kinds.
 RING = list(itertools.pairwise([*FREE, "single"]))
+KINDS = ["ddp", "zero2", "zero3", "fsdp", "tensor", "pipeline", "3d"]
 # One pair for each two of the families of engines: data-parallel, DeepSpeed's, and the grid's.
 EVERYDAY = [("ddp", "zero3"), ("zero3", "pipeline"), ("pipeline", "ddp")]
 SAME = ("ddp", "zero3", "pipeline")
@@ -30,7 +32,12 @@ def marks_of(first: str, second: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.full if (first, second) in RING else pytest.mark.matrix]
 
 
-PAIRS = [pytest.param(first, second, marks=marks_of(first, second)) for first, second in itertools.product(FREE, FREE)]
+OF_KINDS = itertools.permutations(KINDS, 2)
+RESIZED_SELVES = ((strategy, strategy) for strategy in RESIZED)
+PAIRS = [
+    pytest.param(first, second, marks=marks_of(first, second))
+    for first, second in dict.fromkeys([*EVERYDAY, *RING, *OF_KINDS, *RESIZED_SELVES])
+]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tracking.wandb_logger import finish_wandb
 
 RANKS = {"single": 1, "hsdp": 4, "2d": 4, "2d_pipeline": 4, "3d": 8}
 # Of each engine, and of each way to spread; zero2, fsdp and ddp are in the test after this one.
-FAMILIES = ["single", "zero1", "zero3_offload", "tensor", "2d_pipeline", "pipeline"]
+FAMILIES = ["single", "zero3_offload", "2d_pipeline", "pipeline"]
 EVERYDAY = ("pipeline",)
 
 

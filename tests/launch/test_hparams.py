@@ -87,7 +87,7 @@ def test_another_search_in_the_folder_of_one_is_refused(
 
 @pytest.mark.full
 def test_an_interrupted_search_is_resumed_at_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["hparams=lr", "hparams.trials=3", "trainer.max_steps=40", "model._target_=tests.launch.hanging.IsSlow"]
+    words = ["hparams=lr", "hparams.trials=3", "trainer.max_steps=20", "model._target_=tests.launch.hanging.IsSlow"]
     monkeypatch.setenv("STEP_S", "0.2")
     process = start(tmp_path, *SEARCH, *words)
     folder = tmp_path / "search"
