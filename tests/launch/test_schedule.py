@@ -84,6 +84,8 @@ def test_what_could_not_be_had_again_is_told_at_the_start(
     assert run.returncode != 0
     assert f"checkpoint: {told}" in run.stderr
     assert "Traceback" not in run.stderr
+    if told != REFUSED["tensor"][-1]:
+        return  # what becomes of a run that was not asked for checkpoints is the same for all
     run = train(tmp_path, *words, "run_dir=unasked")
     assert run.returncode == 0, run.stderr
     assert f"No checkpoint is made: {told}" in run.stdout

@@ -54,7 +54,6 @@ def finish(process: Command, processes: list[psutil.Process]) -> None:
     ("strategy", "model", "limits", "place"),
     [
         ("ddp", "HangsInTraining", IN_TRAINING, IN_STEP),
-        pytest.param("zero3", "HangsInTraining", IN_TRAINING, IN_STEP, marks=pytest.mark.full),
         pytest.param("fsdp", "HangsInTraining", IN_TRAINING, IN_STEP, marks=pytest.mark.full),
         ("pipeline", "HangsInTraining", IN_TRAINING, IN_STEP),
         pytest.param("ddp", "HangsInValidation", IN_TRAINING, IN_VALIDATION, marks=pytest.mark.full),
